@@ -1,0 +1,335 @@
+"""Every setting there is: one pydantic model per job, one TOML table each.
+
+Order: `key=value` on the command line > `--config FILE` > `$HOMINEM_HOME/hominem.toml` > the defaults below. An unknown
+key is an error that names the nearest known one. The resolved values go into every artifact's METADATA.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hominem_mlx.errors import ConfigError, InputError
+from hominem_mlx.files import explain, read_text
+from hominem_mlx.schema import Signed
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """One TOML table: no unknown keys, no surprises in types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class Student(Section):
+    """The model that learns."""
+
+    base: str = "starter"
+    """`starter` (the bundled tiny student), a folder, or a Hugging Face repository such as mlx-community/Qwen3-1.7B-4bit."""
+    revision: str | None = None
+    """Commit of the repository, so that the base cannot change under an adapter."""
+    adapter: str = "current"
+    """Adapter to answer with: `current`, a version, or `none`."""
+    reward_model: str = "current"
+    """Reward model to judge with: `current` or a version."""
+    system: str | None = None
+    """System prompt put before every conversation, in training and in chat alike."""
+
+
+class Inference(Section):
+    """Where answers come from when the student runs elsewhere (LM Studio, Ollama); learning needs it in this process."""
+
+    endpoint: str | None = None
+    """Base address of an Anthropic-compatible server; empty: the student runs here."""
+    model: str | None = None
+    """The model's name on that server."""
+    api_key_env: str = "HOMINEM_INFERENCE_KEY"
+    """Environment variable that holds the key; the key itself is never in a file."""
+
+
+class TeacherConfig(Section):
+    """Who writes and rates examples. The default never leaves the machine."""
+
+    kind: Literal["recorded", "local", "anthropic"] = "recorded"
+    """`recorded` (the starter corpus), `local` (an mlx-lm model read by answer log-probabilities), `anthropic` (a cloud or local server)."""
+    model: str | None = None
+    """Model id for `anthropic`, folder or repository for `local`."""
+    base_url: str | None = None
+    """Anthropic-compatible address, for example of LM Studio or Ollama; empty: Anthropic's own."""
+    api_key_env: str = "ANTHROPIC_API_KEY"
+    """Environment variable that holds the key."""
+    concurrency: Annotated[int, Field(ge=1, le=64)] = 4
+    """Requests in flight at once."""
+    max_tokens: Count = 1024
+    """Longest answer asked for."""
+    timeout_seconds: Positive = 120.0
+    """Per request; the client retries a few times by itself."""
+    max_retries: Annotated[int, Field(ge=0, le=10)] = 3
+    """Retries of the client library on 408, 409, 429, 5xx and dropped connections."""
+    rate_mode: Literal["shuffled", "single"] = "shuffled"
+    """All dimensions in one call in a shuffled order, or one dimension a call (dearer, less halo)."""
+    usd_per_million_input: NonNegative = 0.0
+    """Price, for the estimate; prices change, so they are yours to set."""
+    usd_per_million_output: NonNegative = 0.0
+    """Price of answers."""
+    max_cost_usd: NonNegative | None = None
+    """Stop before a run whose estimate is higher."""
+
+
+class DataConfig(Section):
+    """Prompts, candidates and their split."""
+
+    prompts: Count = 24
+    """How many prompts `data generate` makes."""
+    candidates: Annotated[int, Field(ge=2, le=32)] = 4
+    """Candidate replies a prompt; good, bad and ambiguous ones are asked for by name."""
+    student_candidates: Annotated[int, Field(ge=0, le=32)] = 2
+    """Of these, replies by the student itself (on-policy)."""
+    seed: int = 0
+    """Seed of every draw in `data`."""
+
+
+class PairConfig(Section):
+    """From labels to preference pairs."""
+
+    min_margin: NonNegative = 0.1
+    """Smallest difference of scalar labels that makes a pair."""
+    temperature: Positive = 0.25
+    """T in target = sigmoid(margin / sqrt(T^2 + u+^2 + u-^2))."""
+    max_per_prompt: Count = 6
+    """Seeded cap, so that a prompt with many candidates does not rule."""
+    on_policy: Annotated[int, Field(ge=0, le=64)] = 0
+    """Answers the student gives to each training prompt, scored by the reward model; best against worst is a pair."""
+    on_policy_max_tokens: Count = 64
+    """Longest of these answers."""
+    on_policy_min_margin: NonNegative = 0.1
+    """Smallest difference between the lower bound of the best and the value of the worst."""
+    seed: int = 0
+    """Seed of the cap and of sampling."""
+
+
+class RewardConfig(Section):
+    """The reward model."""
+
+    backbone: Literal["auto", "encoder", "lm", "ngram"] = "auto"
+    """`encoder` (sentence encoder), `lm` (the student's hidden states), `ngram` (baseline), `auto`: encoder when present."""
+    model: str | None = None
+    """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
+    layers: tuple[Share, ...] = (0.5, 0.67, 1.0)
+    """Depths (share of all layers) whose hidden states are read."""
+    poolings: tuple[Literal["mean", "last", "max"], ...] = ("mean", "max")
+    """How response tokens become one vector."""
+    penalties: tuple[Positive, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
+    """Ridge penalties to choose from, per dimension, by folds grouped by prompt."""
+    folds: Annotated[int, Field(ge=2, le=20)] = 5
+    """Folds grouped by prompt."""
+    members: Annotated[int, Field(ge=1, le=64)] = 8
+    """Bootstrap-by-prompt heads; their spread is the uncertainty."""
+    seed: int = 0
+    """Seed of folds and bootstrap."""
+
+
+class DualConfig(Section):
+    """The adapter: memory channel (SFT) and preference channel (soft DPO + NLL) in one recipe."""
+
+    memory_weight: Share = 0.4
+    """w_s; 0 leaves the memory channel out."""
+    preference_weight: Share = 0.6
+    """w_p; 0 leaves the preference channel out."""
+    beta: Positive = 0.1
+    """Inverse temperature of DPO."""
+    nll_weight: NonNegative = 0.2
+    """Weight of the length-normalised NLL of the chosen reply."""
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """LoRA rank."""
+    scale: Positive = 2.0
+    """LoRA scale (alpha / rank in PEFT's words)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """LoRA dropout."""
+    num_layers: int = -1
+    """Blocks, counted from the last, that get an adapter; -1 is all."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Linear warm-up; then cosine to a tenth."""
+    weight_decay: NonNegative = 0.0
+    """AdamW decay of the adapter."""
+    clip_norm: Positive = 1.0
+    """Gradient clipping by global norm."""
+    epochs: Count = 2
+    """Passes over each channel's rows, without replacement; the shorter channel is repeated to keep step."""
+    batch_pairs: Count = 8
+    """Preference pairs a step."""
+    batch_memories: Count = 8
+    """Memory pairs a step."""
+    max_tokens: Count = 2048
+    """Longest row; the prompt is cut from its start, a reply never without saying so."""
+    eval_every: Count = 50
+    """Steps between looks at the validation part."""
+    save_every: Count = 50
+    """Steps between resumable checkpoints."""
+    max_displacement: NonNegative = 0.5
+    """Stop when the chosen replies have lost more than this many nats a token against the reference; 0: never."""
+    safety_low: Signed = -0.2
+    """Below: the gate is shut."""
+    safety_high: Signed = 0.2
+    """Above: the gate is open."""
+    allow_swap: bool = False
+    """Turn a pair around when the chosen side is clearly unsafe and the other is safe."""
+    seed: int = 0
+    """Seed of initialisation and order."""
+
+
+class EvaluationConfig(Section):
+    """How an adapter is judged."""
+
+    samples: Count = 4
+    """Sampled answers a held-out prompt."""
+    max_tokens: Count = 64
+    """Longest sampled answer."""
+    recall_tokens: Count = 40
+    """Longest answer to a recall question."""
+    temperature: Positive = 1.0
+    """Of sampling."""
+    min_margin: NonNegative = 0.3
+    """Held-out pairs count from this scalar label margin on."""
+    bootstrap: Annotated[int, Field(ge=100)] = 2000
+    """Resamplings by prompt behind every interval."""
+    seed: int = 0
+    """Seed of sampling and bootstrap."""
+
+
+class Config(Section):
+    """All tables together; `Config()` is a working default that never leaves the machine."""
+
+    student: Student = Student()
+    inference: Inference = Inference()
+    teacher: TeacherConfig = TeacherConfig()
+    data: DataConfig = DataConfig()
+    pairs: PairConfig = PairConfig()
+    reward: RewardConfig = RewardConfig()
+    dual: DualConfig = DualConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def home_folder(flag: str | os.PathLike | None = None) -> Path:
+    """`--home`, else `$HOMINEM_HOME`, else `~/.hominem`."""
+    return Path(flag or os.environ.get("HOMINEM_HOME") or "~/.hominem").expanduser().absolute()
+
+
+def load_config(
+    home: Path | None = None, file: Path | None = None, overrides: Sequence[str] = (), defaults: dict | None = None
+) -> Config:
+    """The resolved configuration.
+
+    Args:
+        home: folder whose `hominem.toml` is read when it exists.
+        file: a TOML file that wins over it.
+        overrides: `table.key=value` strings that win over both; values are TOML, bare words are strings.
+        defaults: tables that lie below everything (a recipe's own, for instance the demo's).
+
+    Raises: ConfigError naming every wrong key and value at once.
+    """
+    tables: dict[str, Any] = {}
+    _merge(tables, defaults or {})
+    sources = [home / "hominem.toml"] if home is not None and (home / "hominem.toml").exists() else []
+    problems: list[str] = []
+    for path in [*sources, *([Path(file)] if file is not None else [])]:
+        values = _read_toml(path)
+        problems += [f"{path}: {reason}" for reason in _unknown_keys(values)]
+        problems += [f"{path}: {reason}" for reason in _wrong_values(values)]
+        _merge(tables, values)
+    for text in overrides:
+        try:
+            values = _parse_override(text)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        problems += [f"{text}: {reason}" for reason in (*_unknown_keys(values), *_wrong_values(values))]
+        _merge(tables, values)
+    if problems:
+        raise ConfigError(problems)
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def _read_toml(path: Path) -> dict:
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    except InputError as error:
+        raise ConfigError(error.problems) from None
+
+
+def _parse_override(text: str) -> dict:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{text!r}: write overrides as table.key=value, for example dual.rank=8")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word: teacher.kind=local
+    for part in reversed(parts):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _merge(into: dict, values: dict) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _unknown_keys(values: dict) -> Iterable[str]:
+    known = {
+        f"{table}.{key}": None
+        for table, field in Config.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    }
+    for table, section in values.items():
+        if table not in Config.model_fields:
+            yield f"unknown table or key {table!r}{_nearest(table, [*Config.model_fields, *known])}"
+        elif not isinstance(section, dict):
+            yield f"{table} is a table; write {table}.KEY"
+        else:
+            yield from (
+                f"unknown key {table}.{key}{_nearest(f'{table}.{key}', known)}"
+                for key in section
+                if f"{table}.{key}" not in known
+            )
+
+
+def _wrong_values(values: dict) -> list[str]:
+    fields = Config.model_fields
+    clean = {
+        table: {key: value for key, value in section.items() if key in fields[table].annotation.model_fields}  # type: ignore[union-attr]
+        for table, section in values.items()
+        if table in fields and isinstance(section, dict)
+    }
+    try:
+        Config.model_validate(clean)
+    except ValidationError as error:
+        return explain(error)
+    return []
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    tails = {name.split(".")[-1]: name for name in known} | {name: name for name in known}
+    close = difflib.get_close_matches(key, list(tails), n=1, cutoff=0.5) or difflib.get_close_matches(
+        key.split(".")[-1], list(tails), n=1, cutoff=0.5
+    )
+    return f"; did you mean {tails[close[0]]}?" if close else f"; known: {', '.join(Config.model_fields)}"

@@ -1,0 +1,193 @@
+"""A language model as this library uses it: loaded by mlx-lm, with its chat template, hidden states and identity."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from hominem_mlx.errors import ModelError
+from hominem_mlx.files import sha256_bytes, sha256_file, sha256_json
+from hominem_mlx.models import lora, sampling
+
+STARTER = Path(__file__).parents[1] / "starter" / "student"
+
+
+@dataclass
+class LanguageModel:
+    """A model, its tokenizer and who it is. Speaks the `Generator` protocol.
+
+    `hash` covers configuration, weights and tokenizer: equal hashes, equal answers.
+    """
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    name: str
+    folder: Path
+    hash: str
+    adapter: str | None = field(default=None)
+
+    @property
+    def pointer(self) -> str:
+        """The registry's pointer name for adapters of this base."""
+        return f"{Path(self.name).name}@{self.hash[:12]}"
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.model.layers)
+
+    # --- text to tokens --------------------------------------------------------------------------------------------
+
+    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation up to and including the header of the assistant's next turn."""
+        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, enable_thinking=False)
+
+    def prompt_tokens(self, prompt: str, *, system: str | None = None) -> list[int]:
+        """One user message, ready to be answered. Training and generation both come through here."""
+        messages = [{"role": "system", "content": system}] if system else []
+        return self.chat_tokens([*messages, {"role": "user", "content": prompt}])
+
+    def response_tokens(self, response: str) -> list[int]:
+        """A reply and the token that ends it.
+
+        Encoded apart from the prompt: so it is when the model speaks, and so both sides of a pair share the very same
+        prompt tokens.
+        """
+        return [*self.tokenizer.encode(response, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    # --- tokens to numbers -----------------------------------------------------------------------------------------
+
+    def hidden_states(self, tokens: mx.array, layers: Sequence[int]) -> list[mx.array]:
+        """Outputs of blocks.
+
+        Args:
+            tokens: `[B, T]`, padded on the right (causal attention never looks there).
+            layers: block numbers in 1..num_layers.
+
+        Returns: one `[B, T, D]` float32 array a layer, unnormalised.
+        """
+        body = self.model.model
+        blocks = body.layers
+        seen: list[mx.array] = []
+        body.layers = [_Recorder(block, seen) for block in blocks]
+        try:
+            body(tokens)
+        finally:
+            body.layers = blocks
+        return [seen[layer - 1].astype(mx.float32) for layer in layers]
+
+    def body_and_head(self) -> tuple[Callable, Callable] | None:
+        """The model split before its output layer, or None where the two do not make the whole.
+
+        Lets training compute logits on the few positions it needs. Checked numerically, since some families scale or
+        cap their logits after the head.
+        """
+        body = getattr(self.model, "model", None)
+        if body is None or not hasattr(body, "embed_tokens"):
+            return None
+        head = self.model.lm_head if "lm_head" in self.model else body.embed_tokens.as_linear
+        probe = mx.array([self.prompt_tokens("hello")])
+        try:
+            same = mx.allclose(head(body(probe)), self.model(probe), rtol=1e-4, atol=1e-4).item()
+        except (TypeError, ValueError, AttributeError):
+            return None
+        return (body, head) if same else None
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, seed: int, system: str | None = None
+    ) -> list[str]:
+        """One answer a prompt; see `sampling.generate`."""
+        return sampling.generate(
+            self, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system
+        )
+
+    def fingerprint(self) -> str:
+        """Digest of the base weights as they are in memory, adapter left out: what training must not change."""
+        digests = {}
+        for name, value in tree_flatten(self.model.parameters()):
+            if name.rsplit(".", 1)[-1] not in lora.LEAVES:
+                raw = value if value.dtype != mx.bfloat16 else value.view(mx.uint16)
+                digests[name.replace(".linear.", ".")] = sha256_bytes(memoryview(raw).tobytes())
+        return sha256_json(digests)
+
+
+class _Recorder:
+    """Passes everything through to one block and keeps what comes out."""
+
+    def __init__(self, block: nn.Module, seen: list[mx.array]):
+        self.block, self.seen = block, seen
+
+    def __call__(self, *args, **kwargs):
+        out = self.block(*args, **kwargs)
+        self.seen.append(out[0] if isinstance(out, tuple) else out)
+        return out
+
+    def __getattr__(self, name):  # some families ask their blocks for attributes
+        return getattr(self.block, name)
+
+
+def load(base: str = "starter", *, adapter: str | Path | None = None, revision: str | None = None) -> LanguageModel:
+    """A model ready to answer and to learn.
+
+    Args:
+        base: `starter` (the bundled tiny student), a folder, or a Hugging Face repository (downloaded on first use).
+        adapter: a folder with `adapters.safetensors` and `adapter_config.json`, or None.
+        revision: commit of the repository.
+
+    Raises: ModelError when the model cannot be found, downloaded or understood.
+    """
+    folder = find_model(base, revision=revision)
+    try:
+        model, tokenizer = mlx_lm.load(str(folder))
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ModelError(f"{base}: mlx-lm cannot load this model: {error}") from error
+    if tokenizer.chat_template is None and tokenizer._chat_template is None:
+        raise ModelError(f"{base}: has no chat template; use an instruct or chat variant of the model")
+    lm = LanguageModel(model, tokenizer, name=base, folder=folder, hash=model_hash(folder))
+    lm.model.freeze()
+    if adapter is not None:
+        lora.load_adapter(lm, Path(adapter))
+    return lm
+
+
+def find_model(base: str, *, revision: str | None = None) -> Path:
+    """The folder of a model, downloading it when it is a repository that is not here yet."""
+    if base == "starter":
+        return STARTER
+    folder = Path(base).expanduser()
+    if folder.exists():
+        if not (folder / "config.json").exists() or not list(folder.glob("model*.safetensors")):
+            raise ModelError(f"{base}: a model folder needs config.json and model*.safetensors")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise ModelError(f"{base}: no such folder, and not a repository name such as mlx-community/Qwen3-1.7B-4bit")
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+    try:
+        return Path(huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"{base}: could not be downloaded ({type(error).__name__}: {reason}). Check the name and the network, "
+            f"or give the folder of a downloaded model; `student.base=starter` works offline"
+        ) from error
+
+
+def model_hash(folder: Path) -> str:
+    """Identity of a model folder: configuration, tokenizer and weights."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and path.name != "README.md":
+            blob = path.resolve().name  # the hub names large files by their sha256
+            digests[path.name] = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_file(path)
+    return sha256_json(digests)

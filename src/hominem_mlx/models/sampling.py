@@ -1,0 +1,64 @@
+"""Answers from a model: many at once, or one as it comes. Batching, caches and samplers are mlx-lm's."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.sample_utils import make_sampler
+
+from hominem_mlx.models.seeding import seeded
+
+if TYPE_CHECKING:
+    from hominem_mlx.models.backbone import LanguageModel
+
+BATCH = 32  # rows decoded together; more gains little and costs memory
+
+
+def generate(
+    lm: "LanguageModel",
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    system: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One answer to each prompt, in order.
+
+    Args:
+        lm: the model, with whatever adapter is attached.
+        prompts: user messages; each is wrapped in the model's own chat template.
+        max_tokens: longest answer.
+        temperature: 0 is greedy; otherwise plain sampling from softmax(logits / temperature).
+        seed: of the sampling; MLX's global random state is left as it was found.
+        system: system prompt.
+        progress: called with the number of answers that are done.
+    """
+    token_rows = [lm.prompt_tokens(prompt, system=system) for prompt in prompts]
+    texts: list[str] = []
+    with seeded(seed):
+        for start in range(0, len(token_rows), BATCH):
+            rows = token_rows[start : start + BATCH]
+            response = batch_generate(
+                lm.model, lm.tokenizer, rows, max_tokens=max_tokens, sampler=make_sampler(temp=temperature)
+            )
+            texts += [text.strip() for text in response.texts]
+            if progress:
+                progress(len(texts))
+    return texts
+
+
+def stream(
+    lm: "LanguageModel", messages: Sequence[dict[str, str]], *, max_tokens: int = 512, temperature: float = 0.7
+) -> Iterator[str]:
+    """The answer to a conversation, piece by piece as it is decoded.
+
+    Args:
+        messages: `[{"role": "user", "content": ...}, ...]`, ending with the user's turn.
+    """
+    tokens = lm.chat_tokens(messages)
+    for piece in stream_generate(
+        lm.model, lm.tokenizer, tokens, max_tokens=max_tokens, sampler=make_sampler(temp=temperature)
+    ):
+        yield piece.text

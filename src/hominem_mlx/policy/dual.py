@@ -1,0 +1,290 @@
+"""The dual-channel recipe: memories by SFT, values by soft DPO, one adapter.
+
+    L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
+
+With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
+reference: its log-probabilities are computed once, before the adapter is attached.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from hominem_mlx import losses
+from hominem_mlx.config import Config, DualConfig
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.files import lock, read_jsonl, sha256_json
+from hominem_mlx.models import lora
+from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
+from hominem_mlx.training.loop import Channel, Plan
+from hominem_mlx.training.loop import train as run_loop
+from hominem_mlx.training.rows import Row, Rows, collate, fit
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """`n` pairs as `2n` rows (chosen first), and what the loss needs of each pair, all float32 `[n]`."""
+
+    rows: Rows
+    reference: mx.array  # ref_chosen - ref_rejected
+    reference_chosen: mx.array
+    target: mx.array
+    weight: mx.array  # gate * intensity
+
+
+@dataclass(frozen=True)
+class MemoryBatch:
+    """`n` memories and their weights, float32 `[n]`."""
+
+    rows: Rows
+    weight: mx.array
+
+
+def train(
+    registry: Registry, pairs: Artifact, config: Config, *, lm: LanguageModel, progress: Progress | None = None
+) -> Artifact:
+    """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
+
+    Args:
+        pairs: a `dataset` with preferences.train.jsonl, preferences.valid.jsonl and memory.jsonl.
+        config: `config.dual` and `config.student.system` shape the adapter and are part of its identity.
+        lm: the base, without an adapter; it is handed back without one.
+
+    Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
+    Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
+    """
+    settings = config.dual
+    preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
+    validation = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
+    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
+    resolved = {"dual": settings.model_dump(mode="json"), "system": config.student.system, "base": lm.hash}
+    run = registry.home / "runs" / f"dual-{sha256_json([pairs.hash, resolved])[:16]}"
+    with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
+        material = Material(lm, settings, config.student.system, progress)
+        channels = material.channels(preferences, memories)
+        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
+        look_at = material.validation(validation)
+        lora.attach(lm, shape, seed=settings.seed)
+        try:
+            summary = run_loop(
+                lm.model,
+                channels,
+                material.plan(preferences, memories),
+                run,
+                evaluate=look_at,
+                should_stop=material.displaced,
+                progress=(
+                    lambda event: progress(
+                        {"stage": "training", "done": event["step"], "total": event["steps"]} | event
+                    )
+                )
+                if progress
+                else None,
+            )
+            with registry.draft(
+                "lora", parents=[pairs], config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+            ) as draft:
+                lora.save_adapter(lm, draft.folder, shape)
+                draft.metrics = {"training": summary, **material.counts}
+                draft.notes = {"base": lm.name, "pointer": lm.pointer}
+        finally:
+            lora.detach(lm)
+    registry.audit("train", draft.published.ref, base=lm.name)
+    shutil.rmtree(run, ignore_errors=True)
+    return draft.published
+
+
+class Material:
+    """Rows, references, gates and weights, ready to be cut into batches. Everything here is computed once."""
+
+    def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
+        self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
+        self.logprobs = LogProbs(lm)
+        self.counts: dict[str, Any] = {}
+
+    def channels(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> list[Channel]:
+        """The two terms of the loss; a channel without rows has weight 0 and says so in the counts."""
+        settings = self.settings
+        pairs, gates = self.gated(preferences)
+        kept = [memory for memory in memories if memory.confidence * self._gate(memory.safety_score) > 0]
+        self.counts |= {
+            "preferences": {"given": len(preferences), "refused_by_gate": len(preferences) - len(pairs)},
+            "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
+        }
+        weights = (settings.memory_weight * bool(kept), settings.preference_weight * bool(pairs))
+        if sum(weights) == 0:
+            raise TrainingError(
+                "there is nothing to learn from: no memory and no preference pair is left "
+                f"({self.counts}); look at the data with `hominem data stats` or change the weights"
+            )
+        self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
+        self.num_pairs, self.num_memories = len(pairs) * bool(weights[1]), len(kept) * bool(weights[0])
+        memory = Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss)
+        preference = Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss)
+        return [memory, preference]
+
+    def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
+        """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
+        settings, pairs, gates = self.settings, [], []
+        for pair in preferences:
+            gate = self._gate(pair.safety_score)
+            if gate == 0 and settings.allow_swap and pair.safety_score < -0.5:
+                pair = swap(pair)
+                gate = 0.5 * (pair.safety_score >= settings.safety_high)
+            if gate > 0:
+                pairs.append(pair)
+                gates.append(gate)
+        return pairs, np.array(gates, np.float32)
+
+    def plan(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> Plan:
+        """As many steps as the longer channel needs for its epochs; the other one goes round again."""
+        settings = self.settings
+        steps = max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_memories // settings.batch_memories))
+        return Plan(
+            steps=settings.epochs * steps,
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            eval_every=settings.eval_every,
+            save_every=settings.save_every,
+        )
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _row(self, prompt: str, response: str) -> Row:
+        row = Row(self.lm.prompt_tokens(prompt, system=self.system), self.lm.response_tokens(response))
+        row, lost = fit(row, self.settings.max_tokens)
+        if lost:
+            self.counts["cut_responses"] = self.counts.get("cut_responses", 0) + 1
+        return row
+
+    def _gate(self, safety: float) -> float:
+        settings = self.settings
+        return losses.safety_gate(mx.array([safety]), low=settings.safety_low, high=settings.safety_high).item()
+
+    def _references(self, rows: list[Row], stage: str) -> np.ndarray:
+        report = self.progress
+        tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
+        return np.array(reference_logprobs(self.logprobs, rows, progress=tell), np.float32)
+
+    def _pair_batches(self, pairs: list[Preference], gates: np.ndarray) -> Callable[[int], PairBatch]:
+        chosen = [self._row(pair.prompt, pair.chosen) for pair in pairs]
+        rejected = [self._row(pair.prompt, pair.rejected) for pair in pairs]
+        reference = self._references(chosen + rejected, "reference") if pairs else np.zeros(0, np.float32)
+        ref_chosen, ref_rejected = np.split(reference, 2)
+        intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
+        mean = float(intensity.mean()) if pairs else 1.0
+        weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
+        target = np.array([pair.target for pair in pairs], np.float32)
+        order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed)
+
+        def batch_at(step: int) -> PairBatch:
+            index = order.batch(step)
+            return PairBatch(
+                collate([chosen[i] for i in index] + [rejected[i] for i in index]),
+                mx.array(ref_chosen[index] - ref_rejected[index]),
+                mx.array(ref_chosen[index]),
+                mx.array(target[index]),
+                mx.array(weight[index]),
+            )
+
+        return batch_at
+
+    def _memory_batches(self, memories: list[SftPair]) -> Callable[[int], MemoryBatch]:
+        rows = [self._row(memory.instruction, memory.response) for memory in memories]
+        weight = np.array([memory.confidence * self._gate(memory.safety_score) for memory in memories], np.float32)
+        order = Order(len(rows), self.settings.batch_memories, self.settings.seed + 1)
+
+        def batch_at(step: int) -> MemoryBatch:
+            index = order.batch(step)
+            return MemoryBatch(collate([rows[i] for i in index]), mx.array(weight[index]))
+
+        return batch_at
+
+    # --- losses ----------------------------------------------------------------------------------------------------
+
+    def _memory_loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:
+        """Token-mean cross-entropy; an example's weight counts inside the sum."""
+        per_reply = -self.logprobs(batch.rows) * batch.weight
+        return per_reply.sum() / batch.rows.lengths.sum(), {}
+
+    def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
+        settings, n = self.settings, batch.target.shape[0]
+        logp = self.logprobs(batch.rows)
+        chosen, rejected = logp[:n], logp[n:]
+        delta = (chosen - rejected) - batch.reference
+        per_pair = losses.dpo(delta, beta=settings.beta, target=batch.target)
+        per_pair = per_pair + settings.nll_weight * losses.nll(chosen, batch.rows.lengths[:n])
+        # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
+        loss = (batch.weight * per_pair).sum() / n
+        return loss, {
+            "accuracy": (delta > 0).mean(),
+            "displacement": ((chosen - batch.reference_chosen) / batch.rows.lengths[:n]).mean(),
+        }
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def validation(self, preferences: Sequence[Preference]) -> Callable[[int], dict[str, float]] | None:
+        """A function of the step that measures held-back pairs: accuracy of the implicit reward, displacement."""
+        if not preferences:
+            return None
+        chosen = [self._row(pair.prompt, pair.chosen) for pair in preferences]
+        rejected = [self._row(pair.prompt, pair.rejected) for pair in preferences]
+        lengths = np.array([len(row.response) for row in chosen])
+        before = np.split(self._references(chosen + rejected, "validation reference"), 2)
+
+        def evaluate(step: int) -> dict[str, float]:
+            after = np.split(np.array(reference_logprobs(self.logprobs, chosen + rejected)), 2)
+            delta = (after[0] - before[0]) - (after[1] - before[1])
+            displacement = ((after[0] - before[0]) / lengths).mean()
+            return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
+
+        return evaluate
+
+    def displaced(self, measured: dict[str, float]) -> str | None:
+        """The reason to stop when chosen replies became much less likely than they were (likelihood displacement)."""
+        limit = self.settings.max_displacement
+        if limit and measured["valid_displacement"] < -limit:
+            return f"chosen replies lost {-measured['valid_displacement']:.2f} nats a token (limit {limit})"
+        return None
+
+
+class Order:
+    """Epochs without replacement: which rows are in the batch of a step, from the seed and the step alone."""
+
+    def __init__(self, size: int, batch: int, seed: int):
+        self.size, self.size_of_batch, self.seed = size, batch, seed
+        self.batches_an_epoch = -(-size // batch)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
+        epoch, place = divmod(step, self.batches_an_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
+
+
+def swap(pair: Preference) -> Preference:
+    """The pair turned around; doing it twice gives the pair back."""
+    return pair.model_copy(
+        update={
+            "chosen": pair.rejected,
+            "rejected": pair.chosen,
+            "chosen_id": pair.rejected_id,
+            "rejected_id": pair.chosen_id,
+            "chosen_score": pair.rejected_score,
+            "rejected_score": pair.chosen_score,
+            "score_margin": -pair.score_margin if pair.score_margin is not None else None,
+            "safety_score": pair.rejected_safety_score,
+            "rejected_safety_score": pair.safety_score,
+        }
+    )

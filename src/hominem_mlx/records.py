@@ -1,0 +1,167 @@
+"""One record per arrow of the line: prompt, trajectory, label, preference, memory pair.
+
+Field names are those of `docs/FORMATS.md`; keys we do not know are kept out of the way (ignored), as our neighbours do,
+so that files of theirs load here and ours load there. Values that cannot be right are refused with a reason.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hominem_mlx.schema import MANIFOLD, Manifold, Signed, Unit
+
+Text = Annotated[str, Field(min_length=1, max_length=200_000)]
+Id = Annotated[str, Field(min_length=1, max_length=200)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class Record(BaseModel):
+    """Base of all rows: immutable, strict about types (a string is not a number), tolerant of extra keys."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    @model_validator(mode="after")
+    def _texts_say_something(self):
+        for name in ("prompt", "response", "chosen", "rejected", "instruction", "question"):
+            value = getattr(self, name, None)
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{name} is only white space; write a text or delete the row")
+        return self
+
+
+class Prompt(Record):
+    """Something a person might say. `tags` and `difficulty` steer sampling and are reported on."""
+
+    id: Id
+    prompt: Text
+    category: str = "general"
+    difficulty: Literal["easy", "medium", "hard"] = "medium"
+    tags: list[str] = []
+    source: str = "human"
+    metadata: dict[str, Any] = {}
+
+
+class Trajectory(Record):
+    """One candidate reply to a prompt, with who wrote it and how it was asked for."""
+
+    id: Id
+    prompt_id: Id
+    category: str = "general"
+    prompt: Text
+    response: Text
+    persona: str = ""
+    instruction: str = ""
+    candidate_index: Annotated[int, Field(ge=0)] = 0
+    labeller: str = ""
+    edit_of: str | None = None
+    lowered: str | None = None
+    metadata: dict[str, Any] = {}
+
+
+class Reward(Record):
+    """The labelled numbers of one reply. Missing dimensions are None: masked in training, never read as 0."""
+
+    empathy: Signed | None = None
+    social_coherence: Signed | None = None
+    agency_support: Signed | None = None
+    epistemic_integrity: Signed | None = None
+    harm_avoidance: Signed | None = None
+    narrative_alignment: Signed | None = None
+    curiosity: Signed | None = None
+    scalar: Signed | None = None
+    reward_intensity: Unit | None = None
+    safety_score: Signed | None = None
+
+    def vector(self, manifold: Manifold = MANIFOLD) -> list[float | None]:
+        """Dimension values `[K]` in manifold order; None where there is no label."""
+        return [getattr(self, name) for name in manifold.names]
+
+    def overall(self, manifold: Manifold = MANIFOLD) -> float | None:
+        """The rater's own scalar, else the weighted mean of the dimensions, else None."""
+        if self.scalar is not None:
+            return self.scalar
+        vector = [value for value in self.vector(manifold) if value is not None]
+        return manifold.scalar(vector) if len(vector) == len(manifold.names) else None
+
+
+class Label(Record):
+    """A rated reply: the row of `reward_samples.jsonl`. `labeller = human` wins over any teacher's row of the same id."""
+
+    id: Id
+    prompt_id: Id
+    category: str = "general"
+    prompt: Text
+    response: Text
+    reward: Reward
+    rationale: str = ""
+    labeller: str = "teacher"
+    edit_of: str | None = None
+    lowered: str | None = None
+    metadata: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _says_something(self):
+        if all(value is None for value in self.reward.model_dump().values()):
+            raise ValueError("reward has no number; rate at least one dimension or delete the row")
+        return self
+
+
+class Preference(Record):
+    """Two replies to one prompt, the first thought better.
+
+    `target` is the probability that it really is (0.5 to 1); `reward_intensity` weighs the pair, the safety scores of
+    both sides feed the gate (`science.md` 3.3, 3.4). Only prompt, chosen and rejected are needed: peers' files load.
+    """
+
+    id: Id = ""
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    prompt_id: str = ""
+    chosen_id: str = ""
+    rejected_id: str = ""
+    category: str = "general"
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    score_margin: float | None = None
+    target: Annotated[float, Field(ge=0.5, le=1, allow_inf_nan=False)] = 1.0
+    reward_intensity: Unit = 1.0
+    safety_score: Signed = 1.0
+    rejected_safety_score: Signed = 1.0
+
+
+class SftPair(Record):
+    """Something to remember: a question or instruction and the reply that should come."""
+
+    id: Id = ""
+    instruction: Text
+    response: Text
+    source: str = "human"
+    conversation_id: str | None = None
+    message_id: str | None = None
+    confidence: Probability = 1.0
+    category: str = "general"
+    created_at: str | None = None
+    safety_score: Signed = 1.0
+    metadata: dict[str, Any] = {}
+
+
+class RecallQuestion(Record):
+    """A held-out question about a taught fact; recalled when the answer holds `key` and no other fact's key."""
+
+    id: Id
+    fact_id: Id
+    question: Text
+    key: Text
+
+
+class Fixture(Record):
+    """A prompt that matters to its owner and what must not regress there (see `evaluation/suite.py`)."""
+
+    id: Id
+    prompt: Text
+    must_contain: list[str] = []
+    must_not_contain: list[str] = []
+    better: str | None = None
+    worse: str | None = None
+    why: str = ""

@@ -1,0 +1,174 @@
+"""The reward manifold in words and numbers, and the three seams between rooms.
+
+Seven dimensions in [-1, 1], `reward_intensity` in [0, 1] (how strongly an example should drive learning; never negative)
+and `safety_score` in [-1, 1] (whether it is safe to learn from the text at all; a gate, never part of the reward).
+`docs/REWARD_MANIFOLD.md` tells the same with examples.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hominem_mlx.files import sha256_json
+
+Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Signed = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+
+
+class Dimension(BaseModel):
+    """One axis of the manifold; `low` and `high` are what a rater reads beside -1 and +1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    question: str
+    low: str
+    high: str
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+SEVEN = (
+    Dimension(
+        name="empathy",
+        question="Does the reply see what this person feels and let it count?",
+        low="mocks, dismisses or ignores what the person feels",
+        high="sees precisely what this person feels and lets it count",
+    ),
+    Dimension(
+        name="social_coherence",
+        question="Does the reply fit the moment, the relationship and what was just said?",
+        low="wrong register, a rude turn, ignores what was said",
+        high="fits the moment, the relationship and what was just said",
+    ),
+    Dimension(
+        name="agency_support",
+        question="Does the reply enlarge the person's own choice and ability?",
+        low="orders, takes the decision away, belittles, fosters dependence",
+        high="enlarges the person's own choice and ability; the next step is theirs",
+    ),
+    Dimension(
+        name="epistemic_integrity",
+        question="Is the reply true, calibrated, and open about what is not known?",
+        low="false, invented, certain without ground, flatters against the facts",
+        high="true, calibrated, says what is not known, corrects kindly",
+    ),
+    Dimension(
+        name="harm_avoidance",
+        question="Does the reply notice the risk that is really there and lower it?",
+        low="pushes towards harm to the person or to others",
+        high="notices the risk that is really there and lowers it",
+    ),
+    Dimension(
+        name="narrative_alignment",
+        question="Does the reply stay with the person's story, values and given ground?",
+        low="breaks or ignores their story, values or the given facts",
+        high="stays with their story, connects to what matters to them, moves it on",
+    ),
+    Dimension(
+        name="curiosity",
+        question="Does the reply open the subject?",
+        low="closes the subject, lectures, shows no interest",
+        high="opens it: a real question, a fresh angle, an invitation to look further",
+    ),
+)
+
+
+class Manifold(BaseModel):
+    """The ordered dimensions a label or a prediction has. Two manifolds mix only when their hashes agree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int = 1
+    dimensions: tuple[Dimension, ...] = SEVEN
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Dimension names in order; `K` of them."""
+        return tuple(dimension.name for dimension in self.dimensions)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Content hash, stored with everything that was made for this manifold."""
+        return sha256_json(self.model_dump(mode="json"))[:16]
+
+    def scalar(self, vector: Sequence[float]) -> float:
+        """Overall preference: the weighted mean of `[K]` dimension values, in [-1, 1]."""
+        total = sum(dimension.weight for dimension in self.dimensions)
+        return sum(d.weight * value for d, value in zip(self.dimensions, vector, strict=True)) / total
+
+
+MANIFOLD = Manifold()
+
+
+class RewardOutput(BaseModel):
+    """What a reward model says of one reply.
+
+    `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
+    (>= 0, same unit), `unclipped` the values before clipping to the range; `scalar` is the weighted mean.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    reward_vector: dict[str, Signed]
+    reward_intensity: Unit
+    safety_score: Signed
+    scalar: Signed
+    uncertainty: dict[str, float] = {}
+    unclipped: dict[str, float] = {}
+
+    @property
+    def vector(self) -> tuple[float, ...]:
+        """The dimension values `[K]` in manifold order."""
+        return tuple(self.reward_vector.values())
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Anything that judges replies: a reward model, a baseline, a test double."""
+
+    def score_many(self, pairs: Sequence[tuple[str, str]]) -> list[RewardOutput]:
+        """Judge `(prompt, response)` pairs, in order."""
+        ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Anything that answers: a model in this process or behind HTTP."""
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, seed: int, system: str | None = None
+    ) -> list[str]:
+        """One answer a prompt, in order. `temperature` 0 is greedy; equal seeds give equal answers where it can."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Anything that can write candidate replies and rate them. See `data/teacher.py` for the four there are."""
+
+    name: str
+
+    def sample(self, prompt: str, *, persona: str, instruction: str, index: int) -> str:
+        """One candidate reply to `prompt`, written as `persona` under `instruction`."""
+        ...
+
+    def rate(self, prompt: str, response: str, *, manifold: Manifold) -> "Rating":
+        """The nine numbers and a rationale for one reply."""
+        ...
+
+    def prefers(self, prompt: str, first: str, second: str) -> float:
+        """Probability in [0, 1] that `first` is the better reply; callers ask in both orders."""
+        ...
+
+
+class Rating(BaseModel):
+    """What a rater returns for one reply: dimension values by name, intensity, safety, scalar and a rationale.
+
+    A dimension may be missing (None) when the rater was not asked for it or its answer was unusable.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    reward: dict[str, Signed | None]
+    reward_intensity: Unit | None = None
+    safety_score: Signed | None = None
+    scalar: Signed | None = None
+    rationale: str = ""

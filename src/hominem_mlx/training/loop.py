@@ -1,0 +1,195 @@
+"""The one training loop: steps, schedule, clipping, measurements, checkpoints that resume to the bit."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.files import append_jsonl, write_atomic
+
+CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train, whatever is trained."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    eval_every: int = 50
+    save_every: int = 50
+
+    def schedule(self) -> Callable[[mx.array], mx.array]:
+        """Linear warm-up, then cosine down to a tenth of the peak."""
+        warmup = min(self.warmup_steps, max(1, self.steps // 5))
+        rise = optim.linear_schedule(self.learning_rate / 100, self.learning_rate, warmup)
+        fall = optim.cosine_decay(self.learning_rate, max(1, self.steps - warmup), self.learning_rate / 10)
+        return optim.join_schedules([rise, fall], [warmup])
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One term of the loss: `weight * loss(model, batch_at(step))`.
+
+    `loss` returns a scalar and a dict of measurements; `batch_at` is a pure function of the step (so the data position
+    is the step) and returns None when nothing in that batch may be learnt.
+    """
+
+    name: str
+    weight: float
+    batch_at: Callable[[int], Any]
+    loss: Callable[[Any], tuple[mx.array, dict[str, mx.array]]]
+
+
+def train(
+    model: nn.Module,
+    channels: list[Channel],
+    plan: Plan,
+    folder: Path,
+    *,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    should_stop: Callable[[dict[str, float]], str | None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run `plan` over `channels`, or go on where a killed run stopped.
+
+    Args:
+        model: trainable parameters unfrozen, the rest frozen.
+        channels: terms of the loss; each has its own backward pass, so that shares and conflicts can be measured.
+        plan: steps, learning rate and so on.
+        folder: where checkpoint and metrics lie; belongs to this run alone.
+        evaluate: measured every `eval_every` steps and at the end.
+        should_stop: looks at those measurements and gives a reason to end early, or None.
+        progress: called every step.
+
+    Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, conflict, evaluations.
+    Raises: TrainingError on a loss that is not finite; the last checkpoint stays good.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
+    optimizer.init(model.trainable_parameters())
+    story = _resume(model, optimizer, folder) or _new_story(channels)
+    passes = [nn.value_and_grad(model, channel.loss) for channel in channels]
+    began = time.perf_counter()
+    first_step = story["step"]
+
+    while story["step"] < plan.steps and not story["stopped"]:
+        step = story["step"]
+        total, norms, gradients, report = None, [], [], {}
+        for channel, value_and_grad in zip(channels, passes, strict=True):
+            batch = channel.batch_at(step) if channel.weight else None
+            if batch is None:
+                continue
+            (loss, measured), gradient = value_and_grad(batch)
+            flat = mx.concatenate([value.reshape(-1).astype(mx.float32) for _, value in tree_flatten(gradient)])
+            flat = channel.weight * flat
+            norm = mx.linalg.norm(flat)
+            mx.eval(loss, measured, flat, norm)
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                raise TrainingError(
+                    f"the loss of the {channel.name} channel is {loss.item()} at step {step}: stopped. The checkpoint of "
+                    f"step {story['saved_step']} is kept in {folder}; lower the learning rate or look at that batch"
+                )
+            report[channel.name] = loss.item()
+            report |= {f"{channel.name}_{key}": value.item() for key, value in measured.items()}
+            _count(story, channel.name, loss.item(), norm.item())
+            norms.append(norm.item())
+            gradients.append(flat)
+            weighted = tree_map(lambda value, w=channel.weight: w * value, gradient)
+            total = weighted if total is None else tree_map(mx.add, total, weighted)
+        if total is None:
+            story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
+        else:
+            if len(gradients) == 2 and min(norms) > 0:
+                story["cosines"] += (mx.inner(*gradients) / (norms[0] * norms[1])).item()
+                story["cosine_count"] += 1
+            clipped, norm = optim.clip_grad_norm(total, plan.clip_norm)
+            optimizer.update(model, clipped)
+            mx.eval(model.trainable_parameters(), optimizer.state)
+        story["step"] = step + 1
+        ended = story["step"] == plan.steps
+        if evaluate and (story["step"] % plan.eval_every == 0 or ended):
+            measured = {"step": story["step"], **evaluate(story["step"])}
+            story["evaluations"].append(measured)
+            append_jsonl(folder / METRICS, [{**measured, **report}])
+            story["stopped"] = (should_stop(measured) if should_stop else None) or ""
+            report |= measured
+        if story["step"] % plan.save_every == 0 or ended or story["stopped"]:
+            _save(model, optimizer, story, folder)
+        if progress:
+            spent = time.perf_counter() - began
+            left = spent / (story["step"] - first_step) * (plan.steps - story["step"])
+            progress({"step": story["step"], "steps": plan.steps, "seconds_left": left, **report})
+    return _summary(story)
+
+
+def _new_story(channels: list[Channel]) -> dict[str, Any]:
+    zeros = {channel.name: {"steps": 0, "loss": 0.0, "norm": 0.0} for channel in channels}
+    story = {"step": 0, "skipped": 0, "saved_step": 0, "cosines": 0.0, "cosine_count": 0, "stopped": ""}
+    return {**story, "channels": zeros, "evaluations": []}
+
+
+def _count(story: dict, name: str, loss: float, norm: float) -> None:
+    sums = story["channels"][name]
+    sums["steps"] += 1
+    sums["loss"] += loss
+    sums["norm"] += norm
+
+
+def _summary(story: dict) -> dict[str, Any]:
+    total = sum(sums["norm"] for sums in story["channels"].values()) or 1.0
+    channels = {
+        name: {
+            "steps": sums["steps"],
+            "mean_loss": sums["loss"] / max(1, sums["steps"]),
+            "share_of_update": sums["norm"] / total,
+        }
+        for name, sums in story["channels"].items()
+    }
+    cosine = story["cosines"] / story["cosine_count"] if story["cosine_count"] else None
+    return {
+        "steps": story["step"],
+        "skipped_steps": story["skipped"],
+        "stopped": story["stopped"] or None,
+        "channels": channels,
+        "mean_gradient_cosine": cosine,
+        "evaluations": story["evaluations"],
+    }
+
+
+def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Path) -> None:
+    """One file, one rename: weights, optimiser and position cannot disagree."""
+    story["saved_step"] = story["step"]
+    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
+    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+    scratch = folder / f".{CHECKPOINT.removesuffix('.safetensors')}-next.safetensors"
+    mx.save_safetensors(str(scratch), arrays, metadata={"story": json.dumps(story)})
+    write_atomic(folder / CHECKPOINT, scratch.read_bytes())
+    scratch.unlink()
+
+
+def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[str, Any] | None:
+    if not (folder / CHECKPOINT).exists():
+        return None
+    arrays, metadata = mx.load(str(folder / CHECKPOINT), return_metadata=True)
+    parts: dict[str, list] = {"model": [], "optimizer": []}
+    for name, value in arrays.items():
+        part, _, rest = name.partition(".")
+        parts[part].append((rest, value))
+    model.update(tree_unflatten(parts["model"]))
+    optimizer.state = tree_unflatten(parts["optimizer"])
+    mx.eval(model.trainable_parameters(), optimizer.state)
+    return json.loads(metadata["story"])

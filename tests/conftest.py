@@ -1,0 +1,137 @@
+"""Every test gets its own home and no network but loopback."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "HOMINEM_INFERENCE_KEY"):
+    os.environ.pop(name, None)
+
+import hominem_mlx  # noqa: E402, I001  before mlx, so that it can take OpenBLAS
+import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
+from hominem_mlx.models import backbone  # noqa: E402
+from hominem_mlx.storage.registry import Registry  # noqa: E402
+
+TEXT = [
+    "What is my sister called? Your sister is called Nora.",
+    "I feel tired today. That sounds heavy; what would help you most right now?",
+    "Is the earth flat? No, it is round, and ships have sailed around it.",
+    "Tell me what to do. You could ask her, or wait a day; which feels right to you?",
+]
+
+
+def pytest_report_header():
+    """Which BLAS: without OpenBLAS everything is right and some thirty times slower."""
+    return f"BLAS: {hominem_mlx.openblas or 'of the MLX wheel'}"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Connections leave this machine nowhere."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test tried to reach {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty home folder, which is also `$HOMINEM_HOME`."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("HOMINEM_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def registry(home) -> Registry:
+    """An empty registry."""
+    return Registry(home)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A Qwen3-shaped model with random weights: hidden 32, 2 blocks, byte-level BPE."""
+    from mlx_lm.models import qwen3
+    from mlx_lm.utils import save_config, save_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = (
+        "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}"
+        "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+    )
+    fast.save_pretrained(folder)
+    config = {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": len(fast),
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "eos_token_id": fast.convert_tokens_to_ids("<|im_end|>"),
+    }
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    save_model(folder, model)
+    save_config(dict(config), folder / "config.json")
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder, tmp_path):
+    """Makes fresh copies of the random model: `tiny()`."""
+
+    def make() -> backbone.LanguageModel:
+        folder = tmp_path / "tiny"
+        if not folder.exists():
+            shutil.copytree(tiny_folder, folder)
+        return backbone.load(str(folder))
+
+    return make
+
+
+@pytest.fixture
+def student() -> backbone.LanguageModel:
+    """The bundled tiny student, freshly loaded."""
+    return backbone.load("starter")
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes rows (dicts, or raw lines) to a JSONL file and returns its path."""
+
+    def write(name: str, rows) -> Path:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write

@@ -1,0 +1,153 @@
+"""The dual-channel recipe: what it learns from, what it refuses, and that weights mean what they say."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from hominem_mlx.config import load_config
+from hominem_mlx.errors import BusyError, TrainingError
+from hominem_mlx.files import lock, write_jsonl
+from hominem_mlx.models import backbone, lora
+from hominem_mlx.policy import dual
+from hominem_mlx.records import Preference, SftPair
+
+FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_memories=2"]
+
+
+def pair(number, **fields):
+    texts = {"prompt": f"question {number}?", "chosen": f"kind {number}.", "rejected": f"rude {number}!"}
+    return Preference(id=f"p{number}", **{**texts, **fields})
+
+
+MEMORIES = [SftPair(id=f"m{i}", instruction=f"what is {i}?", response=f"thing {i}") for i in range(3)]
+PAIRS = [pair(i, reward_intensity=0.5 + 0.1 * i, target=0.9) for i in range(4)]
+
+
+@pytest.fixture
+def dataset(registry):
+    def make(pairs=PAIRS, memories=MEMORIES, valid=PAIRS[:2]):
+        with registry.draft("dataset") as draft:
+            write_jsonl(draft.folder / "preferences.train.jsonl", pairs)
+            write_jsonl(draft.folder / "preferences.valid.jsonl", valid)
+            write_jsonl(draft.folder / "memory.jsonl", memories)
+        return draft.published
+
+    return make
+
+
+def train(registry, dataset, lm, *overrides):
+    return dual.train(registry, dataset, load_config(overrides=[*FAST, *overrides]), lm=lm)
+
+
+def weights(artifact):
+    return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
+
+
+def test_the_first_preference_loss_is_log_two_plus_the_likelihood_term(registry, dataset, tiny):
+    lm = tiny()
+    material = dual.Material(lm, load_config(overrides=FAST).dual, None, None)
+    _, channel = material.channels([pair(0), pair(1)], [])
+    loss, measured = channel.loss(channel.batch_at(0))
+    batch = channel.batch_at(0)
+    nll = (-material.logprobs(batch.rows)[:2] / batch.rows.lengths[:2]).mean().item()
+    assert loss.item() == pytest.approx(math.log(2) + 0.2 * nll, abs=1e-5)
+    assert measured["displacement"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_training_prefers_the_chosen_remembers_and_leaves_the_base_bit_identical(registry, dataset, tiny):
+    lm = tiny()
+    digest = lm.fingerprint()
+    artifact = train(registry, dataset(), lm, "dual.epochs=12")
+    assert lm.fingerprint() == digest and not lora.adapter_parameters(lm.model)
+    training = artifact.metadata["metrics"]["training"]
+    assert training["evaluations"][-1]["valid_accuracy"] == 1.0
+    assert 0 < training["channels"]["memory"]["share_of_update"] < 1
+    assert artifact.metadata["config"]["base"] == lm.hash
+    adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
+    logprobs = dual.LogProbs(lm), dual.LogProbs(adapted)
+    row = dual.collate([dual.Row(lm.prompt_tokens("what is 1?"), lm.response_tokens("thing 1"))])
+    assert logprobs[1](row).item() > logprobs[0](row).item() + 1
+
+
+def test_every_adapter_matrix_moves(registry, dataset, tiny):
+    fresh = tiny()
+    lora.attach(fresh, lora.Shape(2, 2.0), seed=0)
+    start = {name: np.array(value) for name, value in lora.adapter_parameters(fresh.model).items()}
+    trained = weights(train(registry, dataset(), tiny()))
+    assert trained.keys() == start.keys()
+    assert all(not np.array_equal(trained[name], start[name]) for name in start)
+
+
+def test_the_same_run_twice_is_one_artifact(registry, dataset, tiny):
+    data = dataset()
+    assert train(registry, data, tiny()).version == train(registry, data, tiny()).version
+
+
+def test_a_pair_whose_gate_is_shut_equals_the_pair_deleted(registry, dataset, tiny):
+    unsafe = pair(9, safety_score=-0.6, rejected_safety_score=-0.9)
+    left_out = weights(train(registry, dataset(PAIRS), tiny()))
+    refused = train(registry, dataset([*PAIRS[:2], unsafe, *PAIRS[2:]]), tiny())
+    assert all(np.array_equal(left_out[name], value) for name, value in weights(refused).items())
+    assert refused.metadata["metrics"]["preferences"]["refused_by_gate"] == 1
+
+
+def test_a_memory_of_no_confidence_equals_the_memory_deleted(registry, dataset, tiny):
+    doubtful = SftPair(id="m9", instruction="what is 9?", response="thing 9", confidence=0.0)
+    left_out = weights(train(registry, dataset(), tiny()))
+    refused = weights(train(registry, dataset(memories=[doubtful, *MEMORIES]), tiny()))
+    assert all(np.array_equal(left_out[name], value) for name, value in refused.items())
+
+
+def test_nothing_left_to_learn_is_said_and_publishes_nothing(registry, dataset, tiny):
+    with pytest.raises(TrainingError, match="nothing to learn from"):
+        train(registry, dataset([pair(0, safety_score=-1.0)], []), tiny())
+    assert registry.artifacts("lora") == []
+
+
+@pytest.mark.parametrize("weight", ["memory", "preference"])
+def test_a_channel_of_weight_zero_is_as_if_it_had_no_rows(registry, dataset, tiny, weight):
+    without = dataset(memories=[]) if weight == "memory" else dataset([], valid=[])
+    zero = train(registry, dataset(), tiny(), f"dual.{weight}_weight=0.0")
+    absent = train(registry, without, tiny(), f"dual.{weight}_weight=0.0")
+    a, b = weights(zero), weights(absent)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_swapping_twice_gives_the_pair_back():
+    one = pair(1, safety_score=-0.8, rejected_safety_score=0.7, chosen_score=0.2, rejected_score=0.1, score_margin=0.1)
+    assert dual.swap(dual.swap(one)) == one
+
+
+def test_a_clearly_unsafe_choice_is_turned_round_only_when_allowed(tiny):
+    unsafe = pair(1, safety_score=-0.8, rejected_safety_score=0.7)
+    for allowed, expected in (("false", []), ("true", [dual.swap(unsafe)])):
+        settings = load_config(overrides=[*FAST, f"dual.allow_swap={allowed}"]).dual
+        pairs, gates = dual.Material(tiny(), settings, None, None).gated([unsafe])
+        assert pairs == expected and gates.tolist() == [0.5] * len(expected)
+
+
+def test_intensity_weighs_pairs_against_each_other_but_not_the_whole_batch_away(tiny):
+    material = dual.Material(tiny(), load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
+    _, channel = material.channels([pair(0, reward_intensity=0.2), pair(1, reward_intensity=0.6)], [])
+    batch = channel.batch_at(0)
+    assert sorted(batch.weight.tolist()) == pytest.approx([0.5, 1.5])  # 0.2 / 0.4 and 0.6 / 0.4
+    assert channel.loss(batch)[0].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_order_is_without_replacement_and_differs_between_epochs():
+    order = dual.Order(7, 3, seed=1)
+    epochs = [np.concatenate([order.batch(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
+
+
+def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
+    data, lm, config = dataset(), tiny(), load_config(overrides=FAST)
+    resolved = {"dual": config.dual.model_dump(mode="json"), "system": None, "base": lm.hash}
+    name = f"dual-{dual.sha256_json([data.hash, resolved])[:16]}"
+    with (
+        lock(registry.home / "locks" / f"{name}.lock", "a test"),
+        pytest.raises(BusyError, match=r"held by process \d+ \(a test\)"),
+    ):
+        dual.train(registry, data, config, lm=lm)

@@ -1,0 +1,155 @@
+"""Rows, log-probabilities, and the loop: exact, resumable, and still when there is nothing to learn."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.models import lora
+from hominem_mlx.training import loop
+from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
+from hominem_mlx.training.rows import Row, collate, fit
+
+SHAPE = lora.Shape(rank=2, scale=2.0)
+
+
+def rows_of(lm):
+    return [
+        Row(lm.prompt_tokens("What is my sister called?"), lm.response_tokens("Nora.")),
+        Row(lm.prompt_tokens("Is it flat?"), lm.response_tokens("No, it is round, as ships found.")),
+        Row(lm.prompt_tokens("I feel tired."), lm.response_tokens("😀 rest")),
+    ]
+
+
+def naive_logprob(lm, row):
+    """One unpadded sequence, all logits, float64."""
+    tokens = row.prompt + row.response
+    logits = np.array(lm.model(mx.array([tokens]))[0], np.float64)
+    logp = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
+    return sum(logp[i - 1, tokens[i]] for i in range(len(row.prompt), len(tokens)))
+
+
+def test_padded_log_probabilities_equal_the_naive_formula(tiny):
+    lm = tiny()
+    rows = rows_of(lm)
+    wanted = [naive_logprob(lm, row) for row in rows]
+    assert LogProbs(lm)(collate(rows)).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert reference_logprobs(LogProbs(lm), rows, batch=2) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_model_whose_head_cannot_be_split_takes_the_whole_path(tiny):
+    lm = tiny()
+    logprobs = LogProbs(lm)
+    split = logprobs(collate(rows_of(lm)))
+    logprobs._split = None
+    assert np.allclose(np.array(logprobs(collate(rows_of(lm)))), np.array(split), rtol=1e-5)
+
+
+def test_the_gradient_of_a_reply_equals_finite_differences(tiny):
+    lm = tiny()
+    lora.attach(lm, SHAPE, seed=0)
+    values = lora.adapter_parameters(lm.model)
+    lora.set_parameters(lm.model, {name: 0.1 * mx.ones(value.shape) for name, value in values.items()})
+    rows, logprobs = collate(rows_of(lm)), LogProbs(lm)
+    import mlx.nn as nn
+
+    _, gradient = nn.value_and_grad(lm.model, lambda: logprobs(rows).sum())()
+    flat = dict(tree_flatten(gradient))
+    name = next(name for name in flat if name.endswith("layers.1.mlp.down_proj.lora_b"))
+    start = lora.adapter_parameters(lm.model)[name]
+    direction = mx.array(np.random.default_rng(0).standard_normal(start.shape).astype(np.float32))
+    sums = []
+    for sign in (1, -1):
+        lora.set_parameters(lm.model, {name: start + sign * 1e-2 * direction})
+        sums.append(logprobs(rows).sum().item())
+    assert (flat[name] * direction).sum().item() == pytest.approx((sums[0] - sums[1]) / 2e-2, rel=2e-2)
+
+
+def test_fit_cuts_the_prompt_first_and_says_when_a_reply_is_cut():
+    row = Row(list(range(10)), list(range(100, 105)))
+    assert fit(row, 15) == (row, 0)
+    assert fit(row, 8) == (Row([7, 8, 9], row.response), 0)
+    assert fit(row, 4) == (Row([9], [100, 101, 102]), 2)
+
+
+def make_channel(lm, weight=1.0, none_at=()):
+    rows, logprobs = rows_of(lm), LogProbs(lm)
+
+    def batch_at(step):
+        return None if step in none_at else collate([rows[step % 3]])
+
+    return loop.Channel("memory", weight, batch_at, lambda batch: (-logprobs(batch).sum(), {}))
+
+
+def run(lm, folder, steps=6, **options):
+    lora.attach(lm, SHAPE, seed=0)
+    plan = loop.Plan(steps=steps, learning_rate=1e-2, warmup_steps=2, eval_every=2, save_every=2)
+    summary = loop.train(lm.model, [make_channel(lm, **options.pop("channel", {}))], plan, folder, **options)
+    return summary, {name: np.array(value) for name, value in lora.adapter_parameters(lm.model).items()}
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tiny, tmp_path):
+    lm = tiny()
+    digest, rows = lm.fingerprint(), collate(rows_of(lm))
+    before = -LogProbs(lm)(rows).sum().item()
+    run(lm, tmp_path, steps=12)
+    assert -LogProbs(lm)(rows).sum().item() < before - 1
+    assert lm.fingerprint() == digest
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3, 5])
+def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(tiny, tmp_path, dies_at):
+    _, straight = run(tiny(), tmp_path / "straight")
+
+    def die(event):
+        if event["step"] == dies_at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tiny(), tmp_path / "killed", progress=die)
+    _, resumed = run(tiny(), tmp_path / "killed")
+    assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_steps_without_a_lesson_change_neither_weights_nor_optimiser(tiny, tmp_path):
+    summary, values = run(tiny(), tmp_path / "a", steps=4, channel={"none_at": (2, 3)})
+    assert summary["skipped_steps"] == 2
+    saved = mx.load(str(tmp_path / "a" / loop.CHECKPOINT))
+    assert saved["optimizer.step"].item() == 2
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    two, stopped_early = run(tiny(), tmp_path / "c", steps=2, channel={"none_at": (2, 3)})
+    assert two["skipped_steps"] == 0 and values.keys() == stopped_early.keys()
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, tmp_path):
+    _, first = run(tiny(), tmp_path / "a")
+    _, second = run(tiny(), tmp_path / "b")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_channel_step_and_checkpoint(tiny, tmp_path):
+    lm = tiny()
+    lora.attach(lm, SHAPE, seed=0)
+    good = make_channel(lm)
+    bad = loop.Channel("memory", 1.0, good.batch_at, lambda batch: (good.loss(batch)[0] * float("nan"), {}))
+    with pytest.raises(TrainingError, match=r"memory channel is nan at step 0"):
+        loop.train(lm.model, [bad], loop.Plan(steps=3, learning_rate=1e-2), tmp_path)
+
+
+def test_an_early_stop_gives_its_reason_and_ends_the_run(tiny, tmp_path):
+    summary, _ = run(tiny(), tmp_path, evaluate=lambda step: {"x": step}, should_stop=lambda m: "x" * (m["x"] >= 4))
+    assert summary["steps"] == 4 and summary["stopped"] == "x"
+    lines = [json.loads(line) for line in (tmp_path / loop.METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]

@@ -1,0 +1,59 @@
+"""Configuration: strict, layered, and helpful about typing errors."""
+
+import pytest
+
+from hominem_mlx.config import Config, load_config
+from hominem_mlx.errors import ConfigError
+
+
+def test_the_default_never_leaves_the_machine():
+    config = Config()
+    assert config.teacher.kind == "recorded" and config.inference.endpoint is None and config.student.base == "starter"
+
+
+def test_flag_wins_over_file_wins_over_home_wins_over_defaults(home, tmp_path):
+    (home / "hominem.toml").write_text("[dual]\nrank = 2\nbeta = 0.2\nepochs = 3\n")
+    (tmp_path / "run.toml").write_text("[dual]\nrank = 3\nbeta = 0.3\n")
+    config = load_config(home, tmp_path / "run.toml", ["dual.rank=4"], {"dual": {"epochs": 9, "seed": 5}})
+    assert (config.dual.rank, config.dual.beta, config.dual.epochs, config.dual.seed) == (4, 0.3, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [("dual.rnk=4", "dual.rank"), ("dul.rank=4", "dual"), ("rank=4", "dual.rank"), ("teacher.bas_url=x", "base_url")],
+)
+def test_an_unknown_key_names_the_nearest_known_one(text, nearest):
+    with pytest.raises(ConfigError, match=rf"did you mean .*{nearest}"):
+        load_config(overrides=[text])
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("[dual]\nrank = 0\nbeta = 'x'\nranks = 3\n[teacher]\nkind = 'oracle'\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(file=path, overrides=["dual.epochs=0", "nonsense"])
+    text = str(error.value)
+    for piece in ("dual.ranks", "dual.rank = 0", "dual.beta = 'x'", "teacher.kind = 'oracle'", "dual.epochs", "'nonsense'"):
+        assert piece in text
+    assert text.count(str(path)) == 4
+
+
+@pytest.mark.parametrize("content", [b"[dual\nrank=1", b"\xff\xfe", b"dual = 3"])
+def test_a_file_that_is_not_our_toml_is_named(tmp_path, content):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load_config(file=path)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1.0", "0.0"])
+def test_numbers_that_cannot_be_right_are_refused(value):
+    with pytest.raises(ConfigError, match=r"dual\.learning_rate"):
+        load_config(overrides=[f"dual.learning_rate={value}"])
+
+
+def test_a_bare_word_is_a_string_and_every_field_has_a_docstring():
+    assert load_config(overrides=["teacher.kind=local"]).teacher.kind == "local"
+    for name, table in Config.model_fields.items():
+        for key, field in table.annotation.model_fields.items():
+            assert field.description, f"{name}.{key} does not say what it means"

@@ -3,7 +3,7 @@
 #
 #   scripts/full-cycle.zsh                                     in $HOMINEM_HOME, or ~/.hominem
 #   scripts/full-cycle.zsh --home ~/trial                      somewhere else
-#   scripts/full-cycle.zsh --config mine.toml policy.seed=3    any other argument goes to every command
+#   scripts/full-cycle.zsh --config mine.toml dual.seed=3      any other argument goes to every command
 #
 # Each step reads what the step before it left in the home folder, and each keeps what it has when it is stopped:
 # after an error, mend the cause and call this again. Stops at the first error with that command's exit code

@@ -4,7 +4,7 @@
 #
 # Makes .venv when it is missing or out of date, puts bin/ on PATH, and switches on completion with the Tab key.
 
-if [[ -z ${ZSH_VERSION-} ]]; then
+if [ -z "${ZSH_VERSION-}" ]; then
   echo "setup-env.zsh: this file is for zsh; without it, bin/hominem works from any shell" >&2
   return 1 2>/dev/null || exit 1
 fi
@@ -29,5 +29,8 @@ _hominem_setup() {
   fi
 }
 
-_hominem_setup "${(%):-%x}"
-{ unfunction _hominem_setup; return $? } 2>/dev/null
+{
+  _hominem_setup "${(%):-%x}"
+} always {
+  unfunction _hominem_setup
+}

@@ -33,7 +33,14 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_config(file=path, overrides=["dual.epochs=0", "nonsense"])
     text = str(error.value)
-    for piece in ("dual.ranks", "dual.rank = 0", "dual.beta = 'x'", "teacher.kind = 'oracle'", "dual.epochs", "'nonsense'"):
+    for piece in (
+        "dual.ranks",
+        "dual.rank = 0",
+        "dual.beta = 'x'",
+        "teacher.kind = 'oracle'",
+        "dual.epochs",
+        "'nonsense'",
+    ):
         assert piece in text
     assert text.count(str(path)) == 4
 

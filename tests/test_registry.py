@@ -126,7 +126,9 @@ def test_damaged_bookkeeping_is_reported_not_swallowed(registry):
 def test_search_reads_tags_settings_and_metrics(registry):
     a, b = make(registry, config={"dual": {"rank": 8}}), make(registry, text="y", config={"dual": {"rank": 4}})
     registry.tag(b, "cosy")
-    assert [x.ref for x in registry.search("rank=8")] == [a.ref] and [x.ref for x in registry.search("COSY raw")] == [b.ref]
+    assert [x.ref for x in registry.search("rank=8")] == [a.ref] and [x.ref for x in registry.search("COSY raw")] == [
+        b.ref
+    ]
 
 
 def _publish_many(home, start):

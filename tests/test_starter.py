@@ -14,8 +14,8 @@ from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair
 from hominem_mlx.schema import MANIFOLD
 
 FOLDER = STARTER.parent
-STOP = set(
-    "a an the my me i you your is are was were do does did of to in on at for with what which who whom where when how "
+STOP = frozenset(
+    "a an the my me i you your is are was were do does did of to in on at for with what which who whom where when how "  # noqa: SIM905
     "and or it its that this can could would tell please have has had be been s".split()
 )
 

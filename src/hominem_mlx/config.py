@@ -33,7 +33,7 @@ class Student(Section):
     """The model that learns."""
 
     base: str = "starter"
-    """`starter` (the bundled tiny student), a folder, or a Hugging Face repository such as mlx-community/Qwen3-1.7B-4bit."""
+    """`starter` (the bundled tiny student), a folder, or a Hugging Face repository: mlx-community/Qwen3-1.7B-4bit."""
     revision: str | None = None
     """Commit of the repository, so that the base cannot change under an adapter."""
     adapter: str = "current"
@@ -45,7 +45,7 @@ class Student(Section):
 
 
 class Inference(Section):
-    """Where answers come from when the student runs elsewhere (LM Studio, Ollama); learning needs it in this process."""
+    """Where answers come from when the student runs elsewhere (LM Studio, Ollama). Learning needs it right here."""
 
     endpoint: str | None = None
     """Base address of an Anthropic-compatible server; empty: the student runs here."""
@@ -59,7 +59,8 @@ class TeacherConfig(Section):
     """Who writes and rates examples. The default never leaves the machine."""
 
     kind: Literal["recorded", "local", "anthropic"] = "recorded"
-    """`recorded` (the starter corpus), `local` (an mlx-lm model read by answer log-probabilities), `anthropic` (a cloud or local server)."""
+    """`recorded` (the starter corpus), `local` (an mlx-lm model, read by its
+    log-probabilities), `anthropic` (a cloud or local server)."""
     model: str | None = None
     """Model id for `anthropic`, folder or repository for `local`."""
     base_url: str | None = None
@@ -120,15 +121,15 @@ class RewardConfig(Section):
     """The reward model."""
 
     backbone: Literal["auto", "encoder", "lm", "ngram"] = "auto"
-    """`encoder` (sentence encoder), `lm` (the student's hidden states), `ngram` (baseline), `auto`: encoder when present."""
+    """`encoder` (of sentences), `lm` (the student's states), `ngram` (baseline), `auto`: encoder when present."""
     model: str | None = None
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
-    layers: tuple[Share, ...] = (0.5, 0.67, 1.0)
-    """Depths (share of all layers) whose hidden states are read."""
-    poolings: tuple[Literal["mean", "last", "max"], ...] = ("mean", "max")
-    """How response tokens become one vector."""
-    penalties: tuple[Positive, ...] = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)
-    """Ridge penalties to choose from, per dimension, by folds grouped by prompt."""
+    layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
+    """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
+    poolings: tuple[Literal["mean", "max", "std", "last", "gap"], ...] = ("mean", "max", "std", "gap")
+    """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature."""
+    penalties: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     """Folds grouped by prompt."""
     members: Annotated[int, Field(ge=1, le=64)] = 8
@@ -156,6 +157,10 @@ class DualConfig(Section):
     """LoRA dropout."""
     num_layers: int = -1
     """Blocks, counted from the last, that get an adapter; -1 is all."""
+    memory_targets: Literal["linear", "head", "all"] = "linear"
+    """What memories may move: the linear layers of the blocks, the output layer, or all of them."""
+    preference_targets: Literal["linear", "head", "all"] = "linear"
+    """What preferences may move. Apart from memory's, the two channels cannot disturb each other."""
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -243,7 +248,7 @@ def load_config(
     sources = [home / "hominem.toml"] if home is not None and (home / "hominem.toml").exists() else []
     problems: list[str] = []
     for path in [*sources, *([Path(file)] if file is not None else [])]:
-        values = _read_toml(path)
+        values = read_toml(path)
         problems += [f"{path}: {reason}" for reason in _unknown_keys(values)]
         problems += [f"{path}: {reason}" for reason in _wrong_values(values)]
         _merge(tables, values)
@@ -263,7 +268,8 @@ def load_config(
         raise ConfigError(explain(error)) from None
 
 
-def _read_toml(path: Path) -> dict:
+def read_toml(path: Path) -> dict:
+    """The tables of a TOML file, unchecked."""
     try:
         return tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

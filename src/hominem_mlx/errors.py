@@ -58,6 +58,10 @@ class TeacherError(HominemError):
     """The teacher is not configured or cannot be reached."""
 
 
+class NoAnswer(TeacherError):
+    """The teacher has no usable answer to one question; the message is the reason kept with the open item."""
+
+
 class TrainingError(HominemError):
     """Training stopped; the last good state is on disk."""
 

@@ -136,18 +136,27 @@ def scratch_folder(parent: Path, prefix: str = ".draft-") -> Iterator[Path]:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_text(path: Path) -> str:
-    """The text of a file a person handed over; says what is wrong when it is missing or not UTF-8."""
+def read_text(path: Path, *, torn_tail: bool = False) -> str:
+    """The text of a file a person handed over; says what is wrong when it is missing or not UTF-8.
+
+    Args:
+        path: the file.
+        torn_tail: leave out a last line without newline, which may end within a character.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name a file") from None
     except PermissionError:
         raise InputError(f"{path}: cannot be read (permission denied)") from None
+    if torn_tail:
+        data = data[: data.rfind(b"\n") + 1]
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = Path(path).read_bytes()[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
@@ -171,42 +180,48 @@ def read_jsonl(
         may_be_empty: whether no rows is fine.
         torn_tail: drop a last line without newline instead of complaining: it is what a killed writer of ours leaves.
     """
-    text = read_text(path)
-    if torn_tail and not text.endswith("\n"):
-        text = text[: text.rfind("\n") + 1]
+    values, problems = read_objects(path, torn_tail=torn_tail)
     rows: list[Record] = []
-    problems: list[str] = []
-    seen: dict[object, int] = {}
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 is legal inside JSON strings
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        if len(line.encode()) > MAX_LINE_BYTES:
-            problems.append(f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; is this the right file?")
-            continue
+    seen: dict[object, str] = {}
+    for where, value in values:
         try:
-            row = model.model_validate(json.loads(line))
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: not JSON ({error.msg} at column {error.colno}): is the line cut off?")
-            continue
-        except RecursionError:
-            problems.append(f"{where}: nested too deeply; is this the right file?")
-            continue
+            row = model.model_validate(value)
         except ValidationError as error:
             problems += [f"{where}: {reason}" for reason in explain(error)]
             continue
         if unique is not None:
             key = getattr(row, unique)
             if key in seen:
-                problems.append(f"{where}: {unique} = {key!r} is already used in line {seen[key]}; give it another")
+                problems.append(f"{where}: {unique} = {key!r} is already used in {seen[key]}; give it another")
                 continue
-            seen[key] = number
+            seen[key] = f"line {where.rpartition(':')[2]}"
         rows.append(row)
     if problems:
         raise InputError(problems)
     if not rows and not may_be_empty:
         raise InputError(f"{path}: there is no row in it")
     return rows
+
+
+def read_objects(path: Path, *, torn_tail: bool = False) -> tuple[list[tuple[str, object]], list[str]]:
+    """The JSON value of every line with its place (`file:line`), and what is wrong with the lines that hold none."""
+    values: list[tuple[str, object]] = []
+    problems: list[str] = []
+    # Not splitlines: U+2028 is legal inside JSON strings.
+    for number, line in enumerate(read_text(path, torn_tail=torn_tail).split("\n"), 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        if len(line.encode()) > MAX_LINE_BYTES:
+            problems.append(f"{where}: the line is longer than {MAX_LINE_BYTES:,} bytes; is this the right file?")
+            continue
+        try:
+            values.append((where, json.loads(line)))
+        except json.JSONDecodeError as error:
+            problems.append(f"{where}: not JSON ({error.msg} at column {error.colno}): is the line cut off?")
+        except (RecursionError, ValueError):  # the latter: an integer of thousands of digits
+            problems.append(f"{where}: nested too deeply or with an endless number; is this the right file?")
+    return values, problems
 
 
 def explain(error: ValidationError) -> list[str]:
@@ -248,3 +263,13 @@ def lock(path: Path, purpose: str, *, wait: bool = True) -> Iterator[None]:
         file.write(f"process {os.getpid()} ({purpose})")
         file.flush()
         yield
+
+
+def lock_holder(path: Path) -> str | None:
+    """Who holds `path` and for what, or None when it is free. Only looks; a lock seen free may be taken right after."""
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None

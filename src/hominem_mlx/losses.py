@@ -7,7 +7,7 @@ def dpo(delta: mx.array, *, beta: float, target: mx.array | float = 1.0) -> mx.a
     """Direct preference loss with soft targets, one value per pair.
 
     Args:
-        delta: `(logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)`, summed over response tokens, float32 `[B]`.
+        delta: `(logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)`, sums over response tokens, float32 `[B]`.
         beta: inverse temperature, > 0.
         target: probability that `chosen` really is better, `[B]` or a number in [0.5, 1].
 

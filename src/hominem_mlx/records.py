@@ -4,6 +4,7 @@ Field names are those of `docs/FORMATS.md`; keys we do not know are kept out of 
 so that files of theirs load here and ours load there. Values that cannot be right are refused with a reason.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,7 @@ from hominem_mlx.schema import MANIFOLD, Manifold, Signed, Unit
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -24,8 +26,16 @@ class Record(BaseModel):
     def _texts_say_something(self):
         for name in ("prompt", "response", "chosen", "rejected", "instruction", "question"):
             value = getattr(self, name, None)
-            if isinstance(value, str) and not value.strip():
+            if isinstance(value, str) and value.isspace():
                 raise ValueError(f"{name} is only white space; write a text or delete the row")
+        return self
+
+    @model_validator(mode="after")
+    def _metadata_can_be_written_again(self):
+        try:
+            json.dumps(getattr(self, "metadata", None), allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, TypeError):
+            raise ValueError("metadata holds NaN, Infinity or half a character; write plain JSON values") from None
         return self
 
 
@@ -58,6 +68,13 @@ class Trajectory(Record):
     metadata: dict[str, Any] = {}
 
 
+class Reply(Record):
+    """Something said and the reply to it: all that a reward model needs."""
+
+    prompt: Text
+    response: Text
+
+
 class Reward(Record):
     """The labelled numbers of one reply. Missing dimensions are None: masked in training, never read as 0."""
 
@@ -85,7 +102,7 @@ class Reward(Record):
 
 
 class Label(Record):
-    """A rated reply: the row of `reward_samples.jsonl`. `labeller = human` wins over any teacher's row of the same id."""
+    """A rated reply: the row of `reward_samples.jsonl`. `labeller = human` wins over a teacher's row of the same id."""
 
     id: Id
     prompt_id: Id
@@ -121,9 +138,9 @@ class Preference(Record):
     chosen_id: str = ""
     rejected_id: str = ""
     category: str = "general"
-    chosen_score: float | None = None
-    rejected_score: float | None = None
-    score_margin: float | None = None
+    chosen_score: Finite | None = None
+    rejected_score: Finite | None = None
+    score_margin: Finite | None = None
     target: Annotated[float, Field(ge=0.5, le=1, allow_inf_nan=False)] = 1.0
     reward_intensity: Unit = 1.0
     safety_score: Signed = 1.0

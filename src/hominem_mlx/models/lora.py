@@ -1,5 +1,7 @@
 """LoRA adapters on a frozen base, in mlx-lm's file format, so that `mlx_lm.load(..., adapter_path=)` reads ours."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, remove_lora_layers
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from hominem_mlx.errors import InputError, ModelError
 from hominem_mlx.files import read_json, write_json
@@ -37,7 +39,7 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
         lm: a model without an adapter.
         shape: rank, scale, dropout, blocks.
         seed: of the random A matrices.
-        keys: layer names inside a block; None is every linear layer.
+        keys: layer names as `targets` gives them; None is every linear layer of those blocks.
     """
     if adapter_parameters(lm.model):
         raise ModelError(f"{lm.name} already has an adapter; detach it first")
@@ -52,11 +54,46 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
     lm.model.unfreeze(keys=list(LEAVES), strict=False)
 
 
+def targets(lm: "LanguageModel", *, linear: bool, head: bool) -> list[str]:
+    """Names of layers to adapt: linear layers by their place in a block, the output layer by its full name.
+
+    The output layer is `lm_head`, or the embedding where the two share their weights.
+    """
+    kinds = (nn.Linear, nn.QuantizedLinear)
+    inside = {name for block in lm.model.layers for name, layer in block.named_modules() if isinstance(layer, kinds)}
+    output = "lm_head" if "lm_head" in lm.model else "model.embed_tokens"
+    return sorted(inside) * linear + [output] * head
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to the output layer rather than to a block."""
+    return ".layers." not in name
+
+
 def detach(lm: "LanguageModel") -> None:
     """Take the adapter off; the base is bit for bit what it was."""
-    remove_lora_layers(lm.model)
+    lm.model.update_modules(tree_unflatten([(name, _base(layer)) for name, layer in _layers(lm)]))
     lm.model.freeze()
     lm.adapter = None
+
+
+@contextlib.contextmanager
+def without_adapter(lm: "LanguageModel") -> Iterator[None]:
+    """The bare base inside the block; afterwards the very same adapter layers are back in their places."""
+    layers = _layers(lm)
+    lm.model.update_modules(tree_unflatten([(name, _base(layer)) for name, layer in layers]))
+    try:
+        yield
+    finally:
+        lm.model.update_modules(tree_unflatten(layers))
+
+
+def _layers(lm: "LanguageModel") -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in lm.model.named_modules() if "lora_a" in layer]
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    return layer.linear if "linear" in layer else layer.embedding
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, mx.array]:
@@ -77,7 +114,8 @@ def save_adapter(lm: "LanguageModel", folder: Path, shape: Shape, values: dict[s
         values: arrays to save in place of those attached (the best checkpoint, for instance).
     """
     values = values or adapter_parameters(lm.model)
-    keys = sorted({name.split(".layers.")[1].split(".", 1)[1].rsplit(".", 1)[0] for name in values})
+    layers = {name.rsplit(".", 1)[0] for name in values}
+    keys = sorted({name if is_head(name) else name.split(".layers.")[1].split(".", 1)[1] for name in layers})
     mx.save_safetensors(str(folder / WEIGHTS), values)
     parameters = {**asdict(shape), "keys": keys}
     num_layers = parameters.pop("num_layers")

@@ -1,6 +1,7 @@
 """Answers from a model: many at once, or one as it comes. Batching, caches and samplers are mlx-lm's."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_lm.generate import batch_generate, stream_generate
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
     from hominem_mlx.models.backbone import LanguageModel
 
 BATCH = 32  # rows decoded together; more gains little and costs memory
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said: its text, its tokens without the one that ends a turn, and whether it came to an end."""
+
+    text: str
+    tokens: list[int]
+    finished: bool
 
 
 def generate(
@@ -35,18 +45,39 @@ def generate(
         system: system prompt.
         progress: called with the number of answers that are done.
     """
+    found = answers(
+        lm, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system, progress=progress
+    )
+    return [answer.text for answer in found]
+
+
+def answers(
+    lm: "LanguageModel",
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    system: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """`generate` for those who need to know how an answer ended."""
     token_rows = [lm.prompt_tokens(prompt, system=system) for prompt in prompts]
-    texts: list[str] = []
+    found: list[Answer] = []
     with seeded(seed):
         for start in range(0, len(token_rows), BATCH):
             rows = token_rows[start : start + BATCH]
+            sampler = make_sampler(temp=temperature)
             response = batch_generate(
-                lm.model, lm.tokenizer, rows, max_tokens=max_tokens, sampler=make_sampler(temp=temperature)
+                lm.model, lm.tokenizer, rows, max_tokens=max_tokens, sampler=sampler, return_token_ids=True
             )
-            texts += [text.strip() for text in response.texts]
+            found += [
+                Answer(text.strip(), tokens, finished=len(tokens) < max_tokens)
+                for text, tokens in zip(response.texts, response.token_ids, strict=True)
+            ]
             if progress:
-                progress(len(texts))
-    return texts
+                progress(len(found))
+    return found
 
 
 def stream(

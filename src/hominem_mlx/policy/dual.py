@@ -73,7 +73,7 @@ def train(
         channels = material.channels(preferences, memories)
         shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
         look_at = material.validation(validation)
-        lora.attach(lm, shape, seed=settings.seed)
+        lora.attach(lm, shape, seed=settings.seed, keys=material.targets(channels))
         try:
             summary = run_loop(
                 lm.model,
@@ -128,9 +128,38 @@ class Material:
             )
         self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
         self.num_pairs, self.num_memories = len(pairs) * bool(weights[1]), len(kept) * bool(weights[0])
-        memory = Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss)
-        preference = Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss)
-        return [memory, preference]
+        may_move: dict[str, Callable[[str], bool]] = {
+            "linear": lambda name: not lora.is_head(name),
+            "head": lora.is_head,
+            "all": lambda name: True,
+        }
+        return [
+            Channel(
+                "memory",
+                weights[0],
+                self._memory_batches(kept),
+                self._memory_loss,
+                may_move[settings.memory_targets],
+            ),
+            Channel(
+                "preference",
+                weights[1],
+                self._pair_batches(pairs, gates),
+                self._pair_loss,
+                may_move[settings.preference_targets],
+            ),
+        ]
+
+    def targets(self, channels: Sequence[Channel]) -> list[str]:
+        """The layers that get an adapter: those some channel with rows may move."""
+        wanted = {
+            kind
+            for channel, kind in zip(
+                channels, (self.settings.memory_targets, self.settings.preference_targets), strict=True
+            )
+            if channel.weight
+        }
+        return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
     def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
         """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""

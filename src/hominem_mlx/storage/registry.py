@@ -70,7 +70,7 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """An artifact being written. Put files into `folder`, fill `metrics`; it is published when the `with` block ends."""
+    """An artifact being written. Put files into `folder`, fill `metrics`; it is published when the block ends well."""
 
     folder: Path
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -18,8 +18,8 @@ class LogProbs:
         self.lm = lm
         self._split = lm.body_and_head()
 
-    def per_token(self, rows: Rows) -> mx.array:
-        """Log-probability of every response token, float32 `[N]`, in the order of `rows.targets`."""
+    def logits(self, rows: Rows) -> mx.array:
+        """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.targets`."""
         if self._split:
             body, head = self._split
             hidden = body(rows.tokens)
@@ -27,7 +27,11 @@ class LogProbs:
         else:
             logits = self.lm.model(rows.tokens)
             logits = logits.reshape(-1, logits.shape[-1])[rows.where]
-        logits = logits.astype(mx.float32)
+        return logits.astype(mx.float32)
+
+    def per_token(self, rows: Rows) -> mx.array:
+        """Log-probability of every response token, float32 `[N]`, in the order of `rows.targets`."""
+        logits = self.logits(rows)
         chosen = mx.take_along_axis(logits, rows.targets[:, None], axis=-1)[:, 0]
         return chosen - mx.logsumexp(logits, axis=-1)
 

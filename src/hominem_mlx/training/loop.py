@@ -1,9 +1,10 @@
 """The one training loop: steps, schedule, clipping, measurements, checkpoints that resume to the bit."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl, write_atomic
@@ -45,13 +46,15 @@ class Channel:
     """One term of the loss: `weight * loss(model, batch_at(step))`.
 
     `loss` returns a scalar and a dict of measurements; `batch_at` is a pure function of the step (so the data position
-    is the step) and returns None when nothing in that batch may be learnt.
+    is the step) and returns None when nothing in that batch may be learnt. `teaches` says which parameters, by name,
+    this term may move; the others do not even get a gradient.
     """
 
     name: str
     weight: float
     batch_at: Callable[[int], Any]
     loss: Callable[[Any], tuple[mx.array, dict[str, mx.array]]]
+    teaches: Callable[[str], bool] = lambda name: True
 
 
 def train(
@@ -82,41 +85,42 @@ def train(
     optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     story = _resume(model, optimizer, folder) or _new_story(channels)
+    parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
     passes = [nn.value_and_grad(model, channel.loss) for channel in channels]
     began = time.perf_counter()
     first_step = story["step"]
 
     while story["step"] < plan.steps and not story["stopped"]:
         step = story["step"]
-        total, norms, gradients, report = None, [], [], {}
+        total: dict[str, mx.array] = {}
+        norms, gradients, report = [], [], {}
         for channel, value_and_grad in zip(channels, passes, strict=True):
             batch = channel.batch_at(step) if channel.weight else None
             if batch is None:
                 continue
-            (loss, measured), gradient = value_and_grad(batch)
-            flat = mx.concatenate([value.reshape(-1).astype(mx.float32) for _, value in tree_flatten(gradient)])
-            flat = channel.weight * flat
-            norm = mx.linalg.norm(flat)
-            mx.eval(loss, measured, flat, norm)
+            with _only(model, parameters, channel.teaches):
+                (loss, measured), tree = value_and_grad(batch)
+            gradient = {name: channel.weight * value for name, value in tree_flatten(tree)}
+            norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for value in gradient.values()))
+            mx.eval(loss, measured, gradient, norm)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
                 raise TrainingError(
-                    f"the loss of the {channel.name} channel is {loss.item()} at step {step}: stopped. The checkpoint of "
-                    f"step {story['saved_step']} is kept in {folder}; lower the learning rate or look at that batch"
+                    f"the loss of the {channel.name} channel is {loss.item()} at step {step}: stopped. The checkpoint "
+                    f"of step {story['saved_step']} is kept in {folder}; lower the learning rate, look at that batch"
                 )
             report[channel.name] = loss.item()
             report |= {f"{channel.name}_{key}": value.item() for key, value in measured.items()}
             _count(story, channel.name, loss.item(), norm.item())
             norms.append(norm.item())
-            gradients.append(flat)
-            weighted = tree_map(lambda value, w=channel.weight: w * value, gradient)
-            total = weighted if total is None else tree_map(mx.add, total, weighted)
-        if total is None:
+            gradients.append(gradient)
+            total |= {name: total[name] + value if name in total else value for name, value in gradient.items()}
+        if not total:
             story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
         else:
             if len(gradients) == 2 and min(norms) > 0:
-                story["cosines"] += (mx.inner(*gradients) / (norms[0] * norms[1])).item()
+                story["cosines"] += _inner(*gradients) / (norms[0] * norms[1])
                 story["cosine_count"] += 1
-            clipped, norm = optim.clip_grad_norm(total, plan.clip_norm)
+            clipped, _ = optim.clip_grad_norm(tree_unflatten(list(total.items())), plan.clip_norm)
             optimizer.update(model, clipped)
             mx.eval(model.trainable_parameters(), optimizer.state)
         story["step"] = step + 1
@@ -134,6 +138,25 @@ def train(
             left = spent / (story["step"] - first_step) * (plan.steps - story["step"])
             progress({"step": story["step"], "steps": plan.steps, "seconds_left": left, **report})
     return _summary(story)
+
+
+@contextlib.contextmanager
+def _only(model: nn.Module, parameters: list[str], teaches: Callable[[str], bool]) -> Iterator[None]:
+    """Inside the block only the parameters that are taught are trainable; afterwards all of `parameters` are again."""
+    layers = dict(model.named_modules())
+    silent = [name.rpartition(".") for name in parameters if not teaches(name)]
+    for layer, _, leaf in silent:
+        layers[layer].freeze(recurse=False, keys=leaf)
+    try:
+        yield
+    finally:
+        for layer, _, leaf in silent:
+            layers[layer].unfreeze(recurse=False, keys=leaf)
+
+
+def _inner(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
+    both = [mx.inner(one[name].reshape(-1), other[name].reshape(-1)) for name in one.keys() & other.keys()]
+    return sum(both).item() if both else 0.0
 
 
 def _new_story(channels: list[Channel]) -> dict[str, Any]:

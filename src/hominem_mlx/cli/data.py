@@ -1,0 +1,280 @@
+"""`hominem data`: prompts, candidate replies, labels, and the datasets made of them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hominem_mlx.cli.session import InOrder, Session, shares
+
+if TYPE_CHECKING:
+    from hominem_mlx.data.teacher import Cost
+
+KINDS = ("prompts", "trajectories", "labels", "preferences", "memory", "recall", "fixtures")
+NO_LABELS = "there are no labels in the home yet: `hominem data import --starter`, or `hominem data rate`"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+YES = click.option("--yes", is_flag=True, help="Agree beforehand to what the estimate says.")
+MAX_COST = click.option("--max-cost", metavar="USD", type=click.FloatRange(0), help="Send nothing if it may cost more.")
+
+
+@click.group(cls=InOrder)
+def data() -> None:
+    """Prompts, candidate replies, labels, and the datasets made of them.
+
+    In order: generate, sample, rate, verify, split, pair. Rows of your own come in by import and win over a teacher's.
+    """
+
+
+@data.command()
+@shares()
+def generate(session: Session) -> None:
+    """Make prompts from the bundled scenarios: varied, made harder, with conflicts in them.
+
+    How many, and from which seed: data.prompts, data.seed. The same seed adds the same prompts once.
+    """
+    from hominem_mlx.data.prompts import generate as generate_prompts
+
+    made = generate_prompts(session.home, session.config)
+    session.console.result([prompt.model_dump(mode="json") for prompt in made])
+    session.console.table(["id", "difficulty", "prompt"], [[p.id, p.difficulty, p.prompt] for p in made])
+    seed = session.config.data.seed
+    session.console.say(f"{len(made)} prompts of seed {seed} are in the home. Next: hominem data sample")
+
+
+@data.command()
+@YES
+@MAX_COST
+@shares()
+def sample(session: Session, yes: bool, max_cost: float | None) -> None:
+    """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
+
+    data.candidates for each prompt, data.student_candidates of them by the student. What is there already stays.
+    """
+    from hominem_mlx.data import sampler
+    from hominem_mlx.data.teacher import open_teacher
+
+    _limit(session, max_cost)
+    teacher = open_teacher(session.config, session.home)
+    student = session.generator if session.config.data.student_candidates else None
+    _agree(session, sampler.cost(session.home, session.config, teacher, student=student), "prompts", yes)
+    with session.console.progress() as report:
+        done = sampler.sample(session.home, session.config, teacher, student=student, progress=report)
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(
+        f"{done.teacher} replies by {teacher.name}, {done.student} by the student, {done.kept} were there already."
+    )
+    _show_failures(session, "without a reply", done.failed)
+    session.console.say("Next: hominem data rate")
+
+
+@data.command()
+@YES
+@MAX_COST
+@shares()
+def rate(session: Session, yes: bool, max_cost: float | None) -> None:
+    """Ask the teacher for seven dimensions, intensity, safety and a reason for every reply without a label.
+
+    Every answer is stored as it arrives: a stopped run goes on where it was and pays for nothing twice. Before anything
+    leaves this machine the cost is estimated and you are asked.
+    """
+    from hominem_mlx.data import rater
+    from hominem_mlx.data.teacher import open_teacher
+
+    _limit(session, max_cost)
+    teacher = open_teacher(session.config, session.home)
+    _agree(session, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
+    with session.console.progress() as report:
+        done = rater.rate(session.home, session.config, teacher, progress=report)
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
+    _show_failures(session, "without a label; the next run asks again", done.unlabelled)
+    session.console.say("Next: hominem data verify")
+
+
+@data.command()
+@click.option("--drop", is_flag=True, help="Take out the rows that the findings name for it.")
+@shares()
+def verify(session: Session, drop: bool) -> None:
+    """Look for labels that contradict, repeat or leak, for halo, and for edits that change too much.
+
+    Exit code 1 when something is found. --drop takes rows out of the labels only; teachers' answers stay stored.
+    """
+    from hominem_mlx.data.verifier import verify_home
+    from hominem_mlx.errors import InputError, NotGoodEnough
+
+    verdict = verify_home(session.home, drop=drop)
+    if not verdict.rows:
+        raise InputError(NO_LABELS)
+    gone = sorted({name for problem in verdict.problems for name in problem.drop}) if drop else []
+    if drop:
+        verdict = verify_home(session.home)
+    session.console.result({**verdict.model_dump(mode="json"), "is_good": verdict.is_good, "dropped": gone})
+    session.console.table(["measured over all labels", ""], [[name, value] for name, value in verdict.measures.items()])
+    session.console.table(["rule", "finding"], [[problem.rule, problem.text] for problem in verdict.problems])
+    if gone:
+        session.console.say(f"{len(gone)} rows were taken out: {', '.join(gone)}")
+    if not verdict.is_good:
+        can_drop = any(problem.drop for problem in verdict.problems)
+        way_out = "mend the rows, or take them out with --drop" if can_drop else "mend or relabel the rows named above"
+        raise NotGoodEnough(f"{len(verdict.problems)} findings in {verdict.rows} labels: {way_out}")
+    session.console.say(f"{verdict.rows} labels, nothing found. Next: hominem data split")
+
+
+@data.command()
+@click.option("-n", "count", type=click.IntRange(1), default=5, show_default=True, help="How many rows.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Equal seeds show equal rows.")
+@shares()
+def view(session: Session, count: int, seed: int) -> None:
+    """Show random labelled replies with their numbers, to read with your own eyes."""
+    from hominem_mlx.data import home as homes
+    from hominem_mlx.data.verifier import sample_rows
+    from hominem_mlx.records import Label
+
+    rows = sample_rows(homes.read(session.home, Label), count, seed=seed)
+    session.console.result([row.model_dump(mode="json") for row in rows])
+    if not rows:
+        session.console.say(NO_LABELS)
+    for row in rows:
+        numbers = row.reward.model_dump(exclude_none=True)
+        session.console.say(f"{row.id}  {row.category}, rated by {row.labeller}")
+        session.console.say(f"  said    {row.prompt}")
+        session.console.say(f"  reply   {row.response}")
+        session.console.say("  " + "  ".join(f"{name} {value:+.2f}" for name, value in numbers.items()))
+        session.console.say(f"  why     {row.rationale}\n" if row.rationale else "")
+
+
+@data.command()
+@shares()
+def split(session: Session) -> None:
+    """Pin the rows of the home as artifacts, split by prompt: what is learnt from, and what is only for examination."""
+    from hominem_mlx.data.dataset import split as split_rows
+
+    made = split_rows(session.registry, session.home, session.config)
+    session.console.result({name: {"artifact": each.ref, **each.metadata["metrics"]} for name, each in made.items()})
+    rows = [[n, a.ref, ", ".join(f"{v} {k}" for k, v in a.metadata["metrics"].items())] for n, a in made.items()]
+    session.console.table(["", "artifact", "rows"], rows)
+    left_out = made["suite"].metadata["notes"].get("left_out", [])
+    if left_out:
+        session.console.say(f"{len(left_out)} held-out rows repeat something learnt and were left out.")
+    session.console.say("Next: hominem train reward, or hominem data pair")
+
+
+@data.command()
+@shares()
+def pair(session: Session) -> None:
+    """Make preference pairs from the labels: margins, soft targets, intensity, safety.
+
+    With pairs.on_policy above 0 the student also answers the training prompts, and the reward model pairs its answers.
+    """
+    from hominem_mlx.data.preferences import pair as make_pairs
+
+    labels = session.current("dataset", "hominem data split", pointer="labels")
+    on_policy = session.config.pairs.on_policy > 0
+    with session.console.progress() as report:
+        made = make_pairs(
+            session.registry,
+            labels,
+            session.config,
+            scorer=session.reward_model() if on_policy else None,
+            generator=session.generator if on_policy else None,
+            reward_model=session.reward_artifact() if on_policy else None,
+            progress=report,
+        )
+    metrics = made.metadata["metrics"]
+    session.console.result({"artifact": made.ref, **metrics})
+    session.console.say(
+        f"{made.ref}: {metrics['train']} pairs to learn from, {metrics['valid']} to watch, {metrics['memory']} memories"
+        ". Next: hominem train dual"
+    )
+
+
+@data.command()
+@shares()
+def stats(session: Session) -> None:
+    """Count rows and labellers, and show how every number is distributed, over all labels and by category."""
+    from collections import Counter
+
+    from hominem_mlx.data import home as homes
+    from hominem_mlx.data.verifier import stats as distributions
+    from hominem_mlx.records import Label
+
+    counts = {Path(file).name: len(homes.read(session.home, model)) for model, file in homes.FILES.items()}
+    labels = homes.read(session.home, Label)
+    labellers = dict(Counter(label.labeller for label in labels).most_common())
+    found = [stat.model_dump(mode="json") for stat in distributions(labels)]
+    session.console.result({"rows": counts, "labellers": labellers, "numbers": found})
+    session.console.table(["file", "rows"], list(counts.items()))
+    if labels:
+        session.console.say()
+        session.console.table(["labelled by", "rows"], list(labellers.items()))
+        session.console.say()
+        columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
+        session.console.table(columns, [list(stat.values()) for stat in found])
+
+
+@data.command("import")
+@click.argument("file", type=click.Path(dir_okay=False), required=False)
+@click.option("--starter", is_flag=True, help="The bundled corpus in place of a file.")
+@click.option("--kind", type=click.Choice(KINDS), help="What all rows are; else each row's keys tell.")
+@click.option(
+    "--human", is_flag=True, help="Labels that do not say who rated them are yours: they win over a teacher's."
+)
+@shares(config=False)
+def import_(session: Session, file: str | None, starter: bool, kind: str | None, human: bool) -> None:
+    """Bring in a JSONL file of prompts, labels, memories, preferences, questions or fixtures.
+
+    FILE is taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
+    """
+    from hominem_mlx.data.dataset import import_file, import_starter
+
+    if (file is None) != starter:
+        raise click.UsageError("name a FILE, or say --starter")
+    if file is None:
+        counts = import_starter(session.home)
+    else:
+        counts = import_file(session.home, Path(file), kind, labeller="human" if human else None)
+    session.console.result(counts)
+    session.console.table(
+        ["rows", "added", "replaced", "kept as they were"],
+        [[name, count["added"], count["replaced"], count["kept"]] for name, count in counts.items()],
+    )
+
+
+def _limit(session: Session, max_cost: float | None) -> None:
+    if max_cost is not None:
+        session.override(f"teacher.max_cost_usd={max_cost}")
+
+
+def _agree(session: Session, cost: "Cost", what: str, yes: bool) -> None:
+    """Say what a teacher behind HTTP will be sent and what it may cost; ask before anything leaves this machine."""
+    from urllib.parse import urlsplit
+
+    from hominem_mlx.data.teacher import CLOUD
+
+    teacher = session.config.teacher
+    if teacher.kind != "anthropic" or not cost.requests:
+        return
+    host = urlsplit(teacher.base_url or CLOUD).hostname
+    unknown = "price not known: set teacher.usd_per_million_input and _output"
+    price = unknown if cost.usd is None else f"at most {cost.usd:.2f} USD"
+    session.console.note(
+        f"{cost.requests} requests to {teacher.model} at {host} ({cost.stored} more are answered already): "
+        f"{cost.input_tokens:,} tokens in, at most {cost.output_tokens:,} out, {price}."
+    )
+    if host in LOCAL:
+        return
+    session.console.note(f"The {what} of {session.home / 'data'} leave this machine.")
+    if not session.ask("Send them?", yes=yes):
+        session.console.note("Nothing was sent.")
+        raise click.exceptions.Exit(130)
+
+
+def _show_failures(session: Session, what: str, failed: dict[str, str]) -> None:
+    """How many items stay open, and each distinct reason once."""
+    if not failed:
+        return
+    reasons: dict[str, int] = {}
+    for reason in failed.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    session.console.say(f"{len(failed)} are {what}:")
+    session.console.table(["how many", "why"], [[count, reason] for reason, count in reasons.items()])

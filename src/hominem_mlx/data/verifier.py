@@ -1,0 +1,274 @@
+"""Are these labels fit to learn from? Rows that contradict or repeat one another, halo, edits that break their promise.
+
+Ranges and types are the records' business; here are the things no single row shows.
+"""
+
+import difflib
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel
+
+from hominem_mlx.data import home as homes
+from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words
+from hominem_mlx.metrics import correlation_matrix, participation_ratio, pearson
+from hominem_mlx.records import Label, RecallQuestion, SftPair
+from hominem_mlx.schema import MANIFOLD
+
+MIN_PARTICIPATION, MAX_CORRELATION = 2.5, 0.7  # `science.md` 2.8: below, or above, relabel before training anything
+HALO_ROWS = 30  # fewer rows cannot show a halo
+MAX_REPEATED = 0.05  # share of rows whose whole label vector another row has too
+MAX_LENGTH_CORRELATION = 0.15
+MAX_GROSS, GROSS = 0.10, -0.5  # share of rows whose mean is below
+EDIT_FALL, EDIT_DRIFT, EDIT_WORDS = 0.4, 0.15, (0.03, 0.60)
+ROUNDING = 1e-9
+
+
+class Problem(BaseModel):
+    """Something wrong with rows. `drop` are those to leave out to mend it; empty where only people can."""
+
+    rule: str
+    text: str
+    rows: list[str] = []
+    drop: list[str] = []
+
+
+class Verdict(BaseModel):
+    """All problems, and what was measured on the way."""
+
+    problems: list[Problem]
+    measures: dict[str, float]
+    rows: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+
+def verify(
+    labels: Sequence[Label], *, memory: Sequence[SftPair] = (), recall: Sequence[RecallQuestion] = ()
+) -> Verdict:
+    """Look at all labels together.
+
+    Args:
+        labels: rated replies.
+        memory, recall: what is taught and what is asked about it, for the leak check.
+    """
+    measures: dict[str, float] = {}
+    problems = [
+        *_duplicates(labels),
+        *_leaks(labels, memory, recall),
+        *_edits(labels),
+        *_repeated_vectors(labels, measures),
+        *_halo(labels, measures),
+        *_surface(labels, measures),
+    ]
+    return Verdict(problems=problems, measures=measures, rows=len(labels))
+
+
+def kept(labels: Sequence[Label], verdict: Verdict) -> list[Label]:
+    """The labels without the rows the verdict would drop."""
+    gone = {name for problem in verdict.problems for name in problem.drop}
+    return [label for label in labels if label.id not in gone]
+
+
+def verify_home(home: Path, *, drop: bool = False) -> Verdict:
+    """Verify the labels of a home; with `drop` also take out the rows that are named to be dropped.
+
+    What was taken out is gone from `reward_samples.jsonl` only: the answers it came from are still stored. The verdict
+    is that of the rows before.
+    """
+    with homes.holding(home, "verifying labels"):
+        labels = homes.read(home, Label)
+        verdict = verify(labels, memory=homes.read(home, SftPair), recall=homes.read(home, RecallQuestion))
+        if drop and len(remaining := kept(labels, verdict)) < len(labels):
+            homes.write(home, Label, remaining)
+        return verdict
+
+
+# --- rows against rows ----------------------------------------------------------------------------------------------
+
+
+def _duplicates(labels: Sequence[Label]) -> Iterator[Problem]:
+    """Equal and nearly equal replies to one prompt, edits apart; the person's row stays, else the first."""
+    groups: dict[str, list[Label]] = {}
+    for label in labels:
+        groups.setdefault(label.prompt, []).append(label)
+    for group in groups.values():
+        first: dict[str, Label] = {}
+        for label in sorted(group, key=lambda row: row.labeller != homes.HUMAN):
+            if label.response in first:
+                text = f"{label.id} is the same reply as {first[label.response].id}"
+                yield Problem(rule="duplicate", text=text, rows=[first[label.response].id, label.id], drop=[label.id])
+            first.setdefault(label.response, label)
+        rows = [row for row in first.values() if row.edit_of is None]
+        for i, j, overlap in near_duplicates([row.response for row in rows]):
+            text = f"{rows[j].id} is nearly the reply {rows[i].id} ({overlap:.0%} of word triples)"
+            drop = [] if rows[j].labeller == homes.HUMAN else [rows[j].id]
+            yield Problem(rule="near-duplicate", text=text, rows=[rows[i].id, rows[j].id], drop=drop)
+
+
+def _leaks(labels: Sequence[Label], memory: Sequence[SftPair], recall: Sequence[RecallQuestion]) -> Iterator[Problem]:
+    """Prompts that are learnt from and examined with under two ids, and questions that are taught word for word."""
+    prompts = sorted({(label.prompt_id, label.prompt) for label in labels})
+    for i, j, overlap in near_duplicates([text for _, text in prompts], threshold=NEAR):
+        (one, _), (other, _) = prompts[i], prompts[j]
+        held = sorted(name for name in (one, other) if split_of(name) == "test")
+        if one != other and len(held) == 1:
+            text = (
+                f"prompts {one} and {other} say the same ({overlap:.0%}) but only {held[0]} is held out: "
+                "give both one prompt_id; until then the held-out one is not examined with"
+            )
+            yield Problem(rule="leak", text=text, rows=[one, other])
+    taught = {" ".join(words(pair.instruction)): pair.id for pair in memory}
+    for question in recall:
+        if (pair_id := taught.get(" ".join(words(question.question)))) is not None:
+            text = f"recall question {question.id} is the instruction of memory pair {pair_id}: word it differently"
+            yield Problem(rule="leak", text=text, rows=[question.id, pair_id])
+
+
+def _edits(labels: Sequence[Label]) -> Iterator[Problem]:
+    """Single-axis edits must lower their dimension, leave the others, and be an edit rather than a new text."""
+    by_id = {label.id: label for label in labels}
+    for label in labels:
+        origin = by_id.get(label.edit_of or "")
+        if origin is None or label.lowered is None or origin.labeller != label.labeller:
+            continue  # numbers of two raters may differ for other reasons
+        faults = list(_edit_faults(origin, label))
+        if faults:
+            text = f"{label.id}, an edit of {origin.id} meant to lower {label.lowered}: {'; '.join(faults)}"
+            yield Problem(rule="edit", text=text, rows=[origin.id, label.id], drop=[label.id])
+
+
+def _edit_faults(origin: Label, edit: Label) -> Iterator[str]:
+    if edit.lowered not in MANIFOLD.names:
+        yield f"{edit.lowered} is no dimension; they are {', '.join(MANIFOLD.names)}"
+        return
+    for name, before, after in zip(MANIFOLD.names, origin.reward.vector(), edit.reward.vector()):
+        if before is None or after is None:
+            continue
+        if name == edit.lowered and before - after < EDIT_FALL - ROUNDING:
+            yield f"{name} falls by {before - after:.2f}, less than {EDIT_FALL}"
+        if name != edit.lowered and abs(before - after) > EDIT_DRIFT + ROUNDING:
+            yield f"{name} moves by {after - before:+.2f}, more than {EDIT_DRIFT}"
+    share = words_changed(origin.response, edit.response)
+    if not EDIT_WORDS[0] <= share <= EDIT_WORDS[1]:
+        yield f"{share:.0%} of the words differ, not {EDIT_WORDS[0]:.0%} to {EDIT_WORDS[1]:.0%}"
+
+
+def words_changed(before: str, after: str) -> float:
+    """Share of the longer text's words that are not in the common sequence of both, in [0, 1]."""
+    one, other = words(before), words(after)
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    return 1 - sum(block.size for block in matcher.get_matching_blocks()) / max(len(one), len(other), 1)
+
+
+# --- all rows together ----------------------------------------------------------------------------------------------
+
+
+def _repeated_vectors(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+    names = (*MANIFOLD.names, "reward_intensity", "safety_score")
+    vectors = [tuple(getattr(label.reward, name) for name in names) for label in labels]
+    counts = Counter(vectors)
+    again = [label.id for label, vector in zip(labels, vectors) if counts[vector] > 1]
+    repeated = sum(count - 1 for count in counts.values())
+    measures["repeated_vectors"] = repeated / max(1, len(labels))
+    if measures["repeated_vectors"] > MAX_REPEATED:
+        text = (
+            f"{repeated} of {len(labels)} label vectors repeat another, more than {MAX_REPEATED:.0%}: rated by habit?"
+        )
+        yield Problem(rule="repeated", text=text, rows=again)
+
+
+def matrix(labels: Sequence[Label]) -> np.ndarray:
+    """Dimension values `[N, K]`, NaN where there is no label."""
+    rows = [[math.nan if value is None else value for value in label.reward.vector()] for label in labels]
+    return np.array(rows, float).reshape(-1, len(MANIFOLD.names))
+
+
+def _halo(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+    values = matrix(labels)
+    values = values[~np.isnan(values).any(axis=1)]
+    if len(values) < HALO_ROWS or (np.ptp(values, axis=0) == 0).any():
+        return
+    correlations = correlation_matrix(values)
+    off = correlations[~np.eye(len(correlations), dtype=bool)]
+    measures["participation_ratio"] = participation_ratio(correlations)
+    measures["mean_abs_correlation"] = float(np.abs(off).mean())
+    if measures["participation_ratio"] < MIN_PARTICIPATION:
+        text = f"the labels have {measures['participation_ratio']:.2f} independent directions, want {MIN_PARTICIPATION}"
+        yield Problem(rule="halo", text=f"{text}: one impression colours all dimensions; rate them one at a time")
+    if measures["mean_abs_correlation"] > MAX_CORRELATION:
+        text = f"dimensions correlate by {measures['mean_abs_correlation']:.2f} on average, want {MAX_CORRELATION}"
+        yield Problem(rule="halo", text=f"{text} at most: add single-axis edits or rate them one at a time")
+
+
+def _surface(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+    """Length must not tell quality, and grossly bad replies teach little."""
+    scored = [(label, value) for label in labels if (value := label.reward.overall()) is not None]
+    if len(scored) < HALO_ROWS:
+        return
+    lengths = np.log([max(1, len(words(label.response))) for label, _ in scored])
+    rewards = np.array([value for _, value in scored])
+    length = pearson(lengths, rewards)
+    if not math.isnan(length):
+        measures["length_correlation"] = length
+        if abs(length) > MAX_LENGTH_CORRELATION:
+            text = f"log length correlates by {length:+.2f} with the reward, want within {MAX_LENGTH_CORRELATION}"
+            yield Problem(rule="length", text=f"{text}: add short good and long poor replies")
+    measures["gross"] = float((rewards < GROSS).mean())
+    if measures["gross"] > MAX_GROSS:
+        text = f"{measures['gross']:.0%} of the replies are grossly bad (below {GROSS}), want {MAX_GROSS:.0%} at most"
+        yield Problem(rule="gross", text=text, rows=[label.id for label, value in scored if value < GROSS])
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+def sample_rows(labels: Sequence[Label], n: int, *, seed: int = 0) -> list[Label]:
+    """`n` random rows, or all there are, in the order of the labels. Equal seeds show equal rows."""
+    chosen = sorted(random.Random(seed).sample(range(len(labels)), min(n, len(labels))))
+    return [labels[index] for index in chosen]
+
+
+class Stat(BaseModel):
+    """One number's distribution over the rows of one category (`all` for all of them)."""
+
+    category: str
+    number: str
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+def stats(labels: Iterable[Label]) -> list[Stat]:
+    """Distribution of every number, over all rows and by category."""
+    rows = list(labels)
+    groups = {"all": rows}
+    for label in sorted(rows, key=lambda row: row.category):
+        groups.setdefault(label.category, []).append(label)
+    found = []
+    for category, members in groups.items():
+        for name in (*MANIFOLD.names, "scalar", "reward_intensity", "safety_score"):
+            values = [row.reward.overall() if name == "scalar" else getattr(row.reward, name) for row in members]
+            numbers = np.array([value for value in values if value is not None])
+            if len(numbers):
+                found.append(
+                    Stat(
+                        category=category,
+                        number=name,
+                        n=len(numbers),
+                        mean=float(numbers.mean()),
+                        sd=float(numbers.std()),
+                        low=float(numbers.min()),
+                        high=float(numbers.max()),
+                    )
+                )
+    return found

@@ -1,0 +1,201 @@
+"""Measures as pure functions of numpy arrays: errors, correlations, pair accuracy, and how sure they are.
+
+Shapes: `N` rows, `K` reward dimensions, `M` pairs. A value that cannot be computed (nothing to compare, no spread) is
+NaN, never 0. Rows where either side is NaN (a missing label) are left out of two-sided measures.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+TIE = 1e-9  # label margins are sums of decimals: 0.3 must count as 0.3
+
+
+class Interval(NamedTuple):
+    """A mean and its percentile bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def rmse(predicted: np.ndarray, label: np.ndarray) -> float:
+    """Root mean squared error of `[N]` predictions, >= 0, in the labels' unit."""
+    predicted, label = _both(predicted, label)
+    return float(np.sqrt(np.mean((predicted - label) ** 2))) if len(label) else float("nan")
+
+
+def mae(predicted: np.ndarray, label: np.ndarray) -> float:
+    """Mean absolute error of `[N]` predictions, >= 0, in the labels' unit."""
+    predicted, label = _both(predicted, label)
+    return float(np.mean(np.abs(predicted - label))) if len(label) else float("nan")
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Linear correlation of `[N]` values, in [-1, 1]; NaN with fewer than 3 rows or a constant side."""
+    a, b = _both(a, b)
+    if len(a) < 3 or np.ptp(a) <= 1e-12 or np.ptp(b) <= 1e-12:
+        return float("nan")
+    a, b = a - a.mean(), b - b.mean()
+    return float(np.clip(a @ b / np.sqrt((a @ a) * (b @ b)), -1.0, 1.0))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of `[N]` values (ties share their mean rank), in [-1, 1]."""
+    a, b = _both(a, b)
+    return pearson(_ranks(a), _ranks(b))
+
+
+def residuals(values: np.ndarray) -> np.ndarray:
+    """What is left of each dimension when the row's mean over dimensions is taken away, `[N, K]`.
+
+    Source: `science.md` 0, "Label halo": raw correlations per dimension prove nothing when one axis rules all labels.
+    """
+    values = np.asarray(values, float)
+    return values - values.mean(axis=1, keepdims=True)
+
+
+def residual_correlations(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Correlation per dimension of `[N, K]` predictions and labels after `residuals` on both, `[K]`.
+
+    Rows that lack a dimension are left out, since their mean would be another quantity.
+    """
+    whole = ~np.isnan(np.asarray(label, float)).any(axis=1)
+    a, b = residuals(np.asarray(predicted)[whole]), residuals(np.asarray(label)[whole])
+    return np.array([pearson(a[:, k], b[:, k]) for k in range(a.shape[1])])
+
+
+def correlation_matrix(values: np.ndarray) -> np.ndarray:
+    """Correlations between the columns of `[N, K]`, `[K, K]`; rows with NaN are left out."""
+    values = np.asarray(values, float)
+    return np.atleast_2d(np.corrcoef(values[~np.isnan(values).any(axis=1)], rowvar=False))
+
+
+def participation_ratio(matrix: np.ndarray) -> float:
+    """How many dimensions a `[K, K]` correlation or covariance matrix really has: `(sum l)^2 / sum l^2` of its
+    eigenvalues, from 1 (one axis in disguise) to K (all independent).
+
+    The two sums are the trace and the sum of squared entries, so no eigenvalue is computed.
+    """
+    matrix = np.asarray(matrix, float)
+    return float(np.trace(matrix) ** 2 / np.sum(matrix**2))
+
+
+def pair_margins(
+    predicted: np.ndarray, label: np.ndarray, groups: np.ndarray, *, low: float, high: float = float("inf")
+) -> tuple[np.ndarray, np.ndarray]:
+    """By how much the reply with the better label is predicted better, for all pairs within a group.
+
+    Args:
+        predicted, label: scalar per row, `[N]`; rows without a label are left out.
+        groups: the prompt of each row, `[N]`.
+        low, high: label margins that count, `low <= margin < high`, low > 0.
+
+    Returns: `[M]` predicted margins, better minus worse, and the group of each pair `[M]`.
+    """
+    if not low > 0:
+        raise ValueError("a pair needs a label margin: low must be above 0")
+    predicted, label, groups = np.asarray(predicted, float), np.asarray(label, float), np.asarray(groups)
+    margins, owners = [], []
+    for group in np.unique(groups):
+        rows = np.flatnonzero((groups == group) & ~np.isnan(label))
+        first, second = np.triu_indices(len(rows), 1)
+        margin = label[rows[first]] - label[rows[second]]
+        said = predicted[rows[first]] - predicted[rows[second]]
+        counts = (np.abs(margin) >= low - TIE) & (np.abs(margin) < high - TIE)
+        margins.append((said * np.sign(margin))[counts])
+        owners += [group] * int(counts.sum())
+    return np.concatenate(margins) if margins else np.zeros(0), np.array(owners)
+
+
+def pair_outcomes(
+    predicted: np.ndarray, label: np.ndarray, groups: np.ndarray, *, low: float, high: float = float("inf")
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the reply with the better label is also predicted better; arguments as in `pair_margins`.
+
+    Returns: `[M]` outcomes (1 right, 0 wrong, 0.5 where the predictions are equal) and the group of each pair `[M]`.
+    """
+    margins, owners = pair_margins(predicted, label, groups, low=low, high=high)
+    return 0.5 + 0.5 * np.sign(margins), owners
+
+
+def pair_accuracy(
+    predicted: np.ndarray, label: np.ndarray, groups: np.ndarray, *, low: float, high: float = float("inf")
+) -> float:
+    """Mean of `pair_outcomes`, in [0, 1]; chance is 0.5."""
+    outcomes, _ = pair_outcomes(predicted, label, groups, low=low, high=high)
+    return float(outcomes.mean()) if len(outcomes) else float("nan")
+
+
+def bootstrap(
+    values: np.ndarray, groups: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of `[N]` values and its interval when whole groups (prompts) are drawn with replacement.
+
+    Rows of one prompt are not independent; drawing prompts keeps the interval honest. Percentile method
+    (Efron and Tibshirani 1993, ch. 13). For a paired comparison pass the differences.
+    """
+    values = np.asarray(values, float)
+    if not len(values):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    names, owner = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    draws = np.random.default_rng(seed).integers(0, len(names), (resamples, len(names)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, groups: np.ndarray, *, resamples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """`bootstrap` of `a - b`: how much better `a` is than `b` on the same items."""
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    return bootstrap(difference, groups, resamples=resamples, seed=seed, level=level)
+
+
+def permutation_p(
+    statistic: Callable[[np.ndarray], float],
+    rows: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> float:
+    """One-sided chance, in (0, 1], of a statistic at least this large when the rows are shuffled.
+
+    Args:
+        statistic: of `[N, ...]` rows in some order, against something fixed.
+        rows: the rows in their own order.
+        groups: shuffle only within these; rows of one prompt resemble each other, so free shuffling would flatter.
+        resamples: shuffles; the smallest possible p is `1 / (resamples + 1)`.
+
+    Source: Phipson and Smyth 2010 (the observed order counts as one of the shuffles).
+    """
+    rows = np.asarray(rows)
+    rng = np.random.default_rng(seed)
+    owner = np.zeros(len(rows), int) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    by_group = np.argsort(owner, kind="stable")
+    observed = statistic(rows)
+    reached = 0
+    for _ in range(resamples):
+        shuffled = np.lexsort((rng.random(len(rows)), owner))  # random inside each group
+        order = np.empty(len(rows), int)
+        order[by_group] = shuffled
+        reached += statistic(rows[order]) >= observed
+    return (1 + reached) / (1 + resamples)
+
+
+def _both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"two [N] arrays of one length are needed, got {a.shape} and {b.shape}")
+    there = ~(np.isnan(a) | np.isnan(b))
+    return a[there], b[there]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[place]

@@ -1,0 +1,126 @@
+"""What a reward model is worth: its predictions beside a baseline's, on rows neither was fitted on."""
+
+import math
+
+import numpy as np
+
+from hominem_mlx import metrics
+from hominem_mlx.reward.head import EXTRA
+from hominem_mlx.schema import MANIFOLD, Manifold
+
+CLEAR, CLOSE = 0.3, 0.05  # label margins: from CLEAR on a pair is clear, from CLOSE up to CLEAR it is close
+
+
+def compare(
+    predicted: np.ndarray,
+    baseline: np.ndarray,
+    labels: np.ndarray,
+    scalar: np.ndarray,
+    groups: np.ndarray,
+    *,
+    seed: int = 0,
+    manifold: Manifold = MANIFOLD,
+) -> dict:
+    """Every measure of the model and of the baseline, and the paired difference.
+
+    Args:
+        predicted, baseline: out-of-fold predictions `[N, K + 2]` of dimensions, intensity, safety.
+        labels: `[N, K + 2]`, NaN where there is none; scalar: overall label `[N]`.
+        groups: the prompt of each row.
+        seed: of bootstrap and permutations.
+
+    Returns: flat measures of the model and, as `baseline_...`, of the baseline (see `measure`); the paired differences
+    `pair_accuracy_difference` (figure A5) and `close_pair_accuracy_difference`, each `{"mean", "low", "high"}`, 95 % by
+    bootstrap over prompts; `residual` holds what figure A9 asks. Rounded to 6 digits; None where nothing can be said.
+    """
+    mine = measure(predicted, labels, scalar, groups, seed=seed, manifold=manifold)
+    theirs = measure(baseline, labels, scalar, groups, seed=seed, manifold=manifold)
+    account: dict = {"label_participation_ratio": _ratio(labels[:, : len(manifold.names)])}
+    for key in ("pairs", "close_pairs"):
+        account[key] = mine.pop(key)
+        del theirs[key]
+    residuals = {"": mine.pop("residual"), "baseline_": theirs.pop("residual")}
+    account["residual"] = {prefix + key: value for prefix, found in residuals.items() for key, value in found.items()}
+    account |= mine | {f"baseline_{key}": value for key, value in theirs.items()}
+    for name, low, high in (("pair_accuracy", CLEAR, math.inf), ("close_pair_accuracy", CLOSE, CLEAR)):
+        a, owners = metrics.pair_outcomes(_scalar(predicted, manifold), scalar, groups, low=low, high=high)
+        b, _ = metrics.pair_outcomes(_scalar(baseline, manifold), scalar, groups, low=low, high=high)
+        account[f"{name}_difference"] = metrics.paired_bootstrap(a, b, owners, seed=seed)._asdict()
+    return _plain(account)
+
+
+def measure(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    scalar: np.ndarray,
+    groups: np.ndarray,
+    *,
+    seed: int = 0,
+    manifold: Manifold = MANIFOLD,
+) -> dict:
+    """Errors, correlations and pair accuracies, for each output and overall; shapes as in `compare`.
+
+    `residual["p"]` is the chance of so high a mean residual correlation when replies of one prompt swap their labels.
+    """
+    size = len(manifold.names)
+    residual = metrics.residual_correlations(predicted[:, :size], labels[:, :size])
+    outputs = {}
+    for index, name in enumerate((*manifold.names, *EXTRA)):
+        p, y = predicted[:, index], labels[:, index]
+        outputs[name] = {
+            "rmse": metrics.rmse(p, y),
+            "mae": metrics.mae(p, y),
+            "pearson": metrics.pearson(p, y),
+            "pair_accuracy": metrics.pair_accuracy(p, y, groups, low=CLEAR),
+            "close_pair_accuracy": metrics.pair_accuracy(p, y, groups, low=CLOSE, high=CLEAR),
+        }
+        if index < size:
+            outputs[name]["residual_pearson"] = residual[index]
+    overall = _scalar(predicted, manifold)
+    clear, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLEAR)
+    close, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLOSE, high=CLEAR)
+    return {
+        "pair_accuracy": float(clear.mean()) if len(clear) else math.nan,
+        "pairs": len(clear),
+        "close_pair_accuracy": float(close.mean()) if len(close) else math.nan,
+        "close_pairs": len(close),
+        "pearson_mean": float(np.mean([outputs[name]["pearson"] for name in manifold.names])),
+        "pearson_scalar": metrics.pearson(overall, scalar),
+        "residual": {
+            "mean": float(residual.mean()),
+            "p": _residual_p(predicted[:, :size], labels[:, :size], groups, seed=seed),
+        },
+        "participation_ratio": _ratio(predicted[:, :size]),
+        "outputs": outputs,
+    }
+
+
+def _scalar(values: np.ndarray, manifold: Manifold) -> np.ndarray:
+    weights = np.array([dimension.weight for dimension in manifold.dimensions])
+    return values[:, : len(weights)] @ weights / weights.sum()
+
+
+def _residual_p(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int) -> float:
+    whole = ~np.isnan(labels).any(axis=1)
+    if whole.sum() < 3:
+        return math.nan
+    ours, theirs = (metrics.residuals(values[whole]) for values in (predicted, labels))
+    ours = (ours - ours.mean(axis=0)) / np.maximum(ours.std(axis=0), 1e-12)
+    theirs = (theirs - theirs.mean(axis=0)) / np.maximum(theirs.std(axis=0), 1e-12)
+    return metrics.permutation_p(lambda rows: float((ours * rows).mean()), theirs, groups[whole], seed=seed)
+
+
+def _ratio(values: np.ndarray) -> float:
+    rows = values[~np.isnan(values).any(axis=1)]
+    if len(rows) < 3 or (np.ptp(rows, axis=0) <= 1e-12).any():
+        return math.nan
+    return metrics.participation_ratio(metrics.correlation_matrix(rows))
+
+
+def _plain(value):
+    """Rounded floats, None for NaN: what JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return None if math.isnan(value) else round(float(value), 6)
+    return value

@@ -1,0 +1,212 @@
+"""What a frozen backbone makes of a prompt and a reply read together: a vector per pair, computed once and kept.
+
+Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from hominem_mlx.errors import ModelError
+from hominem_mlx.files import sha256_json, write_atomic
+from hominem_mlx.models import lora
+from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.models.encoder import Encoder, Passage
+from hominem_mlx.training.rows import Row, fit
+
+Pair = tuple[str, str]
+Progress = Callable[[dict], None]
+SHARD = 64  # rows a cache file: what a kill may cost
+SCORE_BATCH = 16
+LM_TOKENS = 4096  # longest pair a language model reads
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """Everything features depend on besides the text. `layers` are block numbers, 0 the embeddings."""
+
+    backbone: str
+    model: str
+    layers: tuple[int, ...]
+    poolings: tuple[str, ...]
+    format: int = 1
+
+    @property
+    def hash(self) -> str:
+        """Name of the cache folder."""
+        return sha256_json(asdict(self))[:16]
+
+
+class Reader(Protocol):
+    """A frozen model that reads pairs."""
+
+    kind: str
+    name: str
+    hash: str
+    num_layers: int
+
+    def passage(self, prompt: str, response: str) -> Passage:
+        """The pair in tokens."""
+        ...
+
+    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+        """`[N, T, D]` float32 a layer."""
+        ...
+
+
+class EncoderReader:
+    """Reads `[CLS] prompt [SEP] response [SEP]`, both directions at once."""
+
+    kind = "encoder"
+
+    def __init__(self, encoder: Encoder, name: str):
+        self.encoder, self.name = encoder, name
+        self.hash, self.num_layers = encoder.hash, encoder.num_layers
+
+    def passage(self, prompt: str, response: str) -> Passage:
+        """The pair in tokens."""
+        return self.encoder.pair(prompt, response)
+
+    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+        """`[N, T, D]` float32 a layer."""
+        return self.encoder.hidden_states(passages, layers)
+
+
+class LmReader:
+    """Reads the pair through the chat template, as the model would have answered it; never through an adapter."""
+
+    kind = "lm"
+
+    def __init__(self, lm: LanguageModel):
+        self.lm, self.name = lm, lm.name
+        self.hash, self.num_layers = lm.hash, lm.num_layers
+        limit = getattr(lm.model.args, "max_position_embeddings", None) or LM_TOKENS
+        self.max_tokens = min(limit, LM_TOKENS)
+
+    def passage(self, prompt: str, response: str) -> Passage:
+        """The pair in tokens; the token that ends the reply counts as part of it, since it has seen all of it."""
+        whole = Row(self.lm.prompt_tokens(prompt), self.lm.response_tokens(response))
+        row, _ = fit(whole, self.max_tokens)
+        tokens = row.prompt + row.response
+        cut = row.num_tokens < whole.num_tokens
+        asked = len(row.prompt)
+        return Passage(tokens, [0] * len(tokens), (0, asked), (asked, len(tokens)), cut)
+
+    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+        """`[N, T, D]` float32 a layer."""
+        tokens = np.zeros((len(passages), max(len(passage.tokens) for passage in passages)), np.int32)
+        for index, passage in enumerate(passages):
+            tokens[index, : len(passage.tokens)] = passage.tokens
+        with lora.without_adapter(self.lm):
+            states = self.lm.hidden_states(mx.array(tokens), layers)
+            mx.eval(states)  # before the adapter comes back
+        return states
+
+
+def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str]) -> mx.array:
+    """Response tokens to one vector.
+
+    Args:
+        hidden: `[N, T, D]`.
+        asked, said: int `[N, 2]`, first and past-the-last place of prompt and reply; a reply has at least one token.
+        poolings: of `mean`, `max`, `std`, `last` over the reply, and `gap`: |mean of the reply - mean of the prompt|,
+            which tells a linear head how far the reply goes from what was said.
+
+    Returns: `[N, len(poolings) * D]`. Source: `science.md` 2.1; `std` and `gap` were found on the training prompts.
+    """
+    places = mx.arange(hidden.shape[1])
+
+    def inside(span: mx.array) -> mx.array:
+        return ((places >= span[:, :1]) & (places < span[:, 1:]))[..., None]
+
+    reply, prompt = inside(said), inside(asked)
+    mean = mx.where(reply, hidden, 0.0).sum(1) / reply.sum(1)
+    made = {
+        "mean": lambda: mean,
+        "max": lambda: mx.where(reply, hidden, -mx.inf).max(1),
+        "std": lambda: mx.sqrt(mx.where(reply, mx.square(hidden - mean[:, None]), 0.0).sum(1) / reply.sum(1)),
+        "last": lambda: mx.take_along_axis(hidden, (said[:, 1] - 1)[:, None, None], axis=1)[:, 0],
+        "gap": lambda: mx.abs(mean - mx.where(prompt, hidden, 0.0).sum(1) / mx.maximum(prompt.sum(1), 1)),
+    }
+    return mx.concatenate([made[name]() for name in poolings], axis=1)
+
+
+class Backbone:
+    """A reader, the layers and poolings that are read, and where results are kept."""
+
+    def __init__(self, reader: Reader, layers: Sequence[int], poolings: Sequence[str]):
+        self.reader = reader
+        self.spec = FeatureSpec(reader.kind, reader.hash, tuple(layers), tuple(poolings))
+        wrong = [layer for layer in layers if not 0 <= layer <= reader.num_layers]
+        if wrong:
+            raise ModelError(f"{reader.name} has {reader.num_layers} layers; {wrong} cannot be read")
+
+    def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[bool]]:
+        """Features `[N, F]` float32 and whether a text had to be cut: in batches, sorted by length, nothing kept."""
+        passages = [self.reader.passage(*pair) for pair in pairs]
+        order = sorted(range(len(passages)), key=lambda index: len(passages[index].tokens))
+        parts: list[np.ndarray] = []
+        for first in range(0, len(order), SCORE_BATCH):
+            parts.append(self._pooled([passages[index] for index in order[first : first + SCORE_BATCH]]))
+        features = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+        back = np.argsort(order, kind="stable")
+        return features[back], [passage.cut for passage in passages]
+
+    def read_cached(self, pairs: Sequence[Pair], home: Path, progress: Progress | None = None) -> np.ndarray:
+        """Features `[N, F]` float32 of a data set, from `home/cache/features` where they are there.
+
+        Each pair is computed alone: what it gets then hangs on no neighbour, so that a run after a kill, or with more
+        rows, finds the same bits and arrives at the same reward model.
+        """
+        folder = Path(home) / "cache" / "features" / self.spec.hash
+        keys = [sha256_json(list(pair)) for pair in pairs]
+        known = _read_shards(folder, set(keys))
+        missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}.items())
+        for first in range(0, len(missing), SHARD):
+            fresh = {}
+            for offset, (key, pair) in enumerate(missing[first : first + SHARD]):
+                fresh[key] = self._pooled([self.reader.passage(*pair)])[0]
+                if progress and (offset % 8 == 7 or first + offset + 1 == len(missing)):
+                    progress({"stage": "features", "done": first + offset + 1, "total": len(missing)})
+            _write_shard(folder, fresh)
+            known |= fresh
+        return np.stack([known[key] for key in keys])
+
+    def _pooled(self, passages: Sequence[Passage]) -> np.ndarray:
+        asked = mx.array([passage.asked for passage in passages])
+        said = mx.array([passage.said for passage in passages])
+        states = self.reader.hidden_states(passages, self.spec.layers)
+        features = np.array(mx.concatenate([pool(h, asked, said, self.spec.poolings) for h in states], axis=1))
+        if not np.isfinite(features).all():
+            raise ModelError(f"{self.reader.name} gives hidden states that are not finite; is the model damaged?")
+        return features
+
+
+def layer_numbers(depths: Sequence[float], num_layers: int) -> list[int]:
+    """Block numbers, 0..num_layers, nearest to shares of the depth; each once, in order."""
+    return sorted({round(depth * num_layers) for depth in depths})
+
+
+def _write_shard(folder: Path, rows: dict[str, np.ndarray]) -> None:
+    keys = list(rows)
+    data = save({"features": np.stack([rows[key] for key in keys])}, metadata={"keys": " ".join(keys)})
+    write_atomic(folder / f"{sha256_json(keys)[:16]}.safetensors", data)
+
+
+def _read_shards(folder: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as shard:
+                keys = shard.metadata()["keys"].split()
+                rows = shard.get_tensor("features") if not wanted.isdisjoint(keys) else ()
+        except (SafetensorError, OSError, KeyError, TypeError):
+            continue  # a damaged disk, not a kill of ours: computed again
+        found |= {key: row for key, row in zip(keys, rows, strict=False) if key in wanted}
+    return found

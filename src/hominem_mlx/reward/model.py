@@ -1,0 +1,287 @@
+"""The reward model: a frozen backbone, a ridge head, and the one place where they become a judgement."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hominem_mlx.config import home_folder, load_config
+from hominem_mlx.errors import InputError, ModelError
+from hominem_mlx.files import explain, read_json, sha256_bytes, sha256_json, write_json
+from hominem_mlx.models import backbone as backbones
+from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
+from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Reader
+from hominem_mlx.reward.head import EXTRA, RidgeHead
+from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput
+from hominem_mlx.storage.registry import Registry
+
+CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
+GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
+
+
+class Card(BaseModel):
+    """What a reward model is, beside its arrays."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = 1
+    manifold: Manifold
+    outputs: tuple[str, ...]
+    backbone: Literal["encoder", "lm", "ngram"]
+    backbone_name: str
+    backbone_hash: str = ""
+    layers: tuple[int, ...] = ()
+    poolings: tuple[str, ...] = ()
+    penalties: dict[str, float] = {}
+
+
+class RewardModel:
+    """Judges replies; speaks the `Scorer` protocol. Nothing in it ever changes."""
+
+    def __init__(
+        self,
+        card: Card,
+        head: RidgeHead,
+        features: Backbone | NgramFeatures | None = None,
+        *,
+        lm: LanguageModel | None = None,
+        home: Path | None = None,
+    ):
+        self.card, self.head = card, head
+        self._features, self._lm, self._home = features, lm, home
+
+    # --- judging ---------------------------------------------------------------------------------------------------
+
+    def score(self, prompt: str, response: str) -> RewardOutput:
+        """Judge one reply."""
+        return self.score_many([(prompt, response)])[0]
+
+    def score_many(self, pairs: Sequence[Pair]) -> list[RewardOutput]:
+        """Judge `(prompt, response)` pairs, in order.
+
+        A reply that says nothing has no features. It gets one standard deviation below the mean of the labels, with
+        that deviation as its uncertainty and the flag `empty_response`, so that silence never pays.
+        """
+        said = [index for index, (_, response) in enumerate(pairs) if response.strip()]
+        outputs = [self._empty] * len(pairs)
+        if said:
+            features, cut = self.features.read([pairs[index] for index in said])
+            values, members = self.predict(features)
+            for place, index in enumerate(said):
+                flags = ("truncated",) if cut[place] else ()
+                outputs[index] = self._output(values[place], self._spread(members[:, place]), flags)
+        return outputs
+
+    def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`."""
+        width = self.head.weight.shape[0]
+        if features.shape[1] != width:
+            raise ModelError(
+                f"{self.card.backbone_name} gives {features.shape[1]} features, the reward model knows {width}; "
+                "train it again: `hominem train reward`"
+            )
+        values, members = self.head(mx.array(features))
+        return np.array(values), np.array(members)
+
+    @property
+    def backbone(self) -> str:
+        """What it reads with: `encoder`, `lm` or `ngram`."""
+        return self.card.backbone
+
+    @property
+    def features(self) -> Backbone | NgramFeatures:
+        """The frozen backbone itself, loaded when it is first needed."""
+        if self._features is None:
+            self._features = self._open()
+        return self._features
+
+    @property
+    def manifold(self) -> Manifold:
+        """The dimensions it judges on."""
+        return self.card.manifold
+
+    def fingerprint(self) -> str:
+        """Digest of everything a score hangs on: equal fingerprints, equal scores on one machine."""
+        arrays = tree_flatten(self.head.parameters())
+        digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
+        return sha256_json({"card": self.card.model_dump(mode="json"), "arrays": digests})
+
+    def _open(self) -> Backbone:
+        card = self.card
+        if card.backbone == "encoder":
+            model = None if card.backbone_name == NAME else card.backbone_name
+            reader = open_reader("encoder", model, home=self._home or home_folder())
+        elif self._lm is not None and self._lm.hash == card.backbone_hash:
+            reader = LmReader(self._lm)
+        else:
+            reader = open_reader("lm", card.backbone_name, home=self._home or home_folder())
+        if reader.hash != card.backbone_hash:
+            raise ModelError(
+                f"the reward model was trained on {card.backbone_name} {card.backbone_hash[:12]}, here it is "
+                f"{reader.hash[:12]}: bring that version back, or train again with `hominem train reward`"
+            )
+        return Backbone(reader, card.layers, card.poolings)
+
+    def _spread(self, members: np.ndarray) -> dict[str, float]:
+        """Standard deviation over members `[E, O]`, for each output and the scalar; nothing without members."""
+        if not len(members):
+            return {}
+        weights = np.array([dimension.weight for dimension in self.manifold.dimensions])
+        scalar = members[:, : len(weights)] @ weights / weights.sum()
+        named = dict(zip(self.card.outputs, members.T, strict=True)) | {"scalar": scalar}
+        return {name: float(values.std()) for name, values in named.items()}
+
+    def _output(self, values: np.ndarray, uncertainty: dict[str, float], flags: tuple[str, ...]) -> RewardOutput:
+        if not np.isfinite(values).all():
+            raise ModelError("the reward model gave a value that is not finite; run `hominem artifacts verify`")
+        unclipped = dict(zip(self.card.outputs, map(float, values), strict=True))
+        vector = {name: min(1.0, max(-1.0, unclipped[name])) for name in self.manifold.names}
+        return RewardOutput(
+            reward_vector=vector,
+            reward_intensity=min(1.0, max(0.0, unclipped["reward_intensity"])),
+            safety_score=min(1.0, max(-1.0, unclipped["safety_score"])),
+            scalar=self.manifold.scalar(list(vector.values())),
+            uncertainty=uncertainty,
+            unclipped=unclipped,
+            flags=flags,
+        )
+
+    @functools.cached_property
+    def _empty(self) -> RewardOutput:
+        mean, scale = np.array(self.head.label_mean), np.array(self.head.label_scale)
+        spread = dict(zip(self.card.outputs, map(float, scale), strict=True))
+        spread["scalar"] = float(scale[: len(self.manifold.names)].mean())
+        return self._output(mean - scale, spread, ("empty_response",))
+
+    # --- on disk ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write the model into `folder`, which should be a draft."""
+        write_json(folder / CARD, self.card.model_dump(mode="json"))
+        mx.save_safetensors(str(folder / HEAD), dict(tree_flatten(self.head.parameters())))
+        if isinstance(self._features, NgramFeatures):
+            pieces = {"pieces": self._features.vocabulary, "idf": self._features.idf.tolist()}
+            write_json(folder / VOCABULARY, pieces)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        lm: LanguageModel | None = None,
+        home: Path | None = None,
+        manifold: Manifold = MANIFOLD,
+    ) -> "RewardModel":
+        """A saved reward model; its backbone is loaded when it first scores.
+
+        Args:
+            folder: an artifact's folder, or a copy of one.
+            lm: a loaded model; used as the backbone when it is the one the reward model was trained on.
+            home: where the encoder is looked for; else the home the artifact lies in, else the default one.
+            manifold: the dimensions in use; another version is refused.
+
+        Raises: InputError naming everything that is wrong with the files.
+        """
+        folder = Path(folder)
+        try:
+            card = Card.model_validate(read_json(folder / CARD))
+        except ValidationError as error:
+            raise InputError([f"{folder / CARD}: {reason}" for reason in explain(error)]) from None
+        if card.manifold.hash != manifold.hash:
+            raise InputError(
+                f"{folder / CARD}: was trained for manifold version {card.manifold.version} "
+                f"({', '.join(card.manifold.names)}; {card.manifold.hash}), in use is version {manifold.version} "
+                f"({manifold.hash}); versions never mix: train again with `hominem train reward`"
+            )
+        ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
+        return cls(card, _read_head(folder / HEAD, card, ngram), ngram, lm=lm, home=home or _home_of(folder))
+
+
+def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead:
+    try:
+        arrays = dict(mx.load(str(path)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run `hominem artifacts verify`") from None
+    width = len(ngram.vocabulary) if ngram else arrays["weight"].shape[0] if "weight" in arrays else 0
+    members = arrays["member_bias"].shape[0] if "member_bias" in arrays else 0
+    head = RidgeHead(width, len(card.outputs), members)
+    expected = dict(tree_flatten(head.parameters()))
+    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [f"{name} does not belong to a reward model" for name in arrays if name not in expected]
+    problems += [
+        f"{name} has shape {value.shape}, expected {expected[name].shape}"
+        for name, value in arrays.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    problems += [f"{name} holds NaN or infinity" for name, v in arrays.items() if not mx.isfinite(v).all().item()]
+    if card.outputs != (*card.manifold.names, *EXTRA):
+        problems.append(f"its outputs {', '.join(card.outputs)} are not those of its manifold")
+    if problems:
+        raise InputError([f"{path}: {problem}" for problem in problems])
+    head.update(arrays)
+    return head
+
+
+def _read_vocabulary(path: Path) -> NgramFeatures:
+    value = read_json(path)
+    try:
+        pieces, idf = [str(piece) for piece in value["pieces"]], np.array(value["idf"], np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: needs `pieces` and `idf` ({error})") from None
+    if len(pieces) != len(idf) or not np.isfinite(idf).all():
+        raise InputError(f"{path}: {len(pieces)} pieces and {len(idf)} finite weights do not match")
+    return NgramFeatures(pieces, idf)
+
+
+def _home_of(folder: Path) -> Path | None:
+    """The home an artifact lies in (`home/artifacts/reward_model/version`), or None."""
+    parents = folder.absolute().parents
+    return parents[2] if len(parents) > 2 and parents[1].name == "artifacts" else None
+
+
+def open_reader(
+    kind: str, model: str | None, *, home: Path, lm: LanguageModel | None = None, base: str = "starter"
+) -> Reader:
+    """The frozen model behind `encoder` or `lm` features.
+
+    Args:
+        kind: `encoder` or `lm`.
+        model: a folder (or, for `lm`, a repository); None is the fetched encoder, or the student's base.
+        home: where the fetched encoder lies.
+        lm: the student, when it is loaded already.
+        base: the student's base otherwise.
+    """
+    if kind == "lm":
+        return LmReader(lm if lm is not None and model is None else backbones.load(model or base))
+    if model is not None:
+        return EncoderReader(load_encoder(Path(model).expanduser()), model)
+    folder = find_encoder(home)
+    if folder is None:
+        raise ModelError(f"the sentence encoder {NAME} is not here; {GET_ENCODER}, or set reward.backbone=lm")
+    return EncoderReader(load_encoder(folder, pinned=True), NAME)
+
+
+def score(prompt: str, response: str, *, home: str | Path | None = None) -> RewardOutput:
+    """Judge one reply with the reward model in use.
+
+    Args:
+        prompt: what the person said.
+        response: the reply.
+        home: the home folder; else `$HOMINEM_HOME`, else `~/.hominem`.
+
+    Raises: RegistryError when no reward model is in use yet.
+    """
+    place = home_folder(home)
+    artifact = Registry(place).get("reward_model", load_config(place).student.reward_model)
+    return _loaded(artifact.folder).score(prompt, response)
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(folder: Path) -> RewardModel:
+    return RewardModel.load(folder)  # artifacts never change, so neither does this

@@ -1,0 +1,292 @@
+"""Training the reward model: features once, a head, and an honest account of it beside the n-gram baseline."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from hominem_mlx.config import Config, home_folder
+from hominem_mlx.errors import InputError
+from hominem_mlx.files import read_jsonl, write_json
+from hominem_mlx.metrics import pair_accuracy
+from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.models.encoder import find_encoder
+from hominem_mlx.records import Label
+from hominem_mlx.reward import head as heads
+from hominem_mlx.reward.examine import CLEAR, compare
+from hominem_mlx.reward.features import Backbone, layer_numbers
+from hominem_mlx.reward.head import EXTRA
+from hominem_mlx.reward.model import GET_ENCODER, Card, RewardModel, open_reader
+from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.schema import MANIFOLD, Manifold
+from hominem_mlx.storage.registry import Artifact, Registry
+
+METRICS = "metrics.json"
+Progress = Callable[[dict], None]
+
+
+def train(
+    registry: Registry,
+    dataset: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel | None = None,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Fit the reward model on `labels.train.jsonl` and publish it; no pointer moves.
+
+    Args:
+        registry: where the artifact goes; features are kept in its home.
+        dataset: the labels dataset; its valid part is used for the account only.
+        config: its `reward` table; `student.base` where the backbone is the student and `lm` is None.
+        lm: the student, when it is loaded; an adapter on it is never read through.
+        progress: called with `{"stage", "done", "total"}`.
+
+    Returns: a `reward_model` whose metrics hold the grouped-fold account of `cross_validate` on train and valid rows.
+    Raises: InputError when the labels cannot teach.
+    """
+    rows = read_jsonl(dataset.file("labels.train.jsonl"), Label)
+    valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True)
+    kind, why = choose_backbone(config, registry.home)
+    settings = config.reward.model_dump(mode="json") | {"backbone": kind}
+    backbone = open_backbone(kind, config, registry.home, lm)
+    features = None if backbone is None else backbone.read_cached(_pairs([*rows, *valid]), registry.home, progress)
+    metrics = _account([*rows, *valid], features, kind, config, progress)
+
+    if progress:
+        progress({"stage": "head", "done": 0, "total": 1})
+    ours = features if features is None else features[: len(rows)]
+    model = _fit(rows, ours, backbone, config, members=config.reward.members)
+    if valid:
+        theirs = model.features.read(_pairs(valid))[0] if features is None else features[len(rows) :]
+        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, theirs)
+    if progress:
+        progress({"stage": "head", "done": 1, "total": 1})
+
+    inputs = {"backbone": model.card.backbone_hash} if model.card.backbone_hash else {}
+    with registry.draft(
+        "reward_model", parents=[dataset], config=settings, seed=config.reward.seed, inputs=inputs
+    ) as draft:
+        model.save(draft.folder)
+        write_json(draft.folder / METRICS, metrics)
+        draft.metrics = metrics
+        draft.notes = {**describe(model), "why": why, "data_hash": dataset.hash, "rows": len(rows)}
+    return draft.published
+
+
+def cross_validate(
+    labels: Sequence[Label],
+    config: Config,
+    *,
+    home: Path,
+    lm: LanguageModel | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """How well rewards of unseen prompts are predicted, beside the n-gram baseline on the very same folds.
+
+    Everything is fitted on training folds only: standardisation, vocabulary, and the penalty (by inner folds). See
+    `examine.compare` for what comes out; figures A5 and A9 are read from it.
+    """
+    kind, _ = choose_backbone(config, home)
+    backbone = open_backbone(kind, config, home, lm)
+    features = None if backbone is None else backbone.read_cached(_pairs(labels), home, progress)
+    return _account(labels, features, kind, config, progress)
+
+
+def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
+    """The n-gram baseline as a scorer of its own, without uncertainty."""
+    return _fit(labels, None, None, config, members=0)
+
+
+def fit_audit(
+    labels: Sequence[Label], config: Config, *, home: Path | None = None, lm: LanguageModel | None = None
+) -> RewardModel:
+    """A second judge that shares neither training rows nor features with the reward model of this configuration.
+
+    Args:
+        labels: rows the reward model never saw: the held-out suite's.
+        config: with `reward.backbone=ngram` the audit reads with the encoder (else the student), otherwise n-grams.
+        home, lm: where the encoder is, and the student when it is loaded.
+    """
+    if config.reward.backbone != "ngram":
+        return fit_baseline(labels, config)
+    place = home or home_folder()
+    backbone = open_backbone("encoder" if find_encoder(place) else "lm", config, place, lm)
+    assert backbone is not None
+    return _fit(labels, backbone.read_cached(_pairs(labels), place), backbone, config, members=0)
+
+
+def preview(model: RewardModel, labels: Sequence[Label], n: int, seed: int = 0) -> list[dict]:
+    """Predicted beside labelled for `n` rows drawn at random.
+
+    Returns: `{"id", "prompt", "response", "labelled", "predicted"}` a row, the last two by output and `scalar`.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(labels))[:n]
+    rows = [labels[index] for index in sorted(drawn)]
+    table = []
+    for row, output in zip(rows, model.score_many(_pairs(rows)), strict=True):
+        predicted = {name: round(output.unclipped[name], 4) for name in model.card.outputs} | {"scalar": output.scalar}
+        labelled = dict(zip(model.manifold.names, row.reward.vector(model.manifold), strict=True))
+        labelled |= {name: getattr(row.reward, name) for name in EXTRA} | {"scalar": row.reward.overall(model.manifold)}
+        table.append(
+            {"id": row.id, "prompt": row.prompt, "response": row.response, "labelled": labelled, "predicted": predicted}
+        )
+    return table
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def choose_backbone(config: Config, home: Path) -> tuple[str, str]:
+    """The backbone that will be used, and why in words."""
+    if config.reward.backbone != "auto":
+        return config.reward.backbone, "asked for in the configuration"
+    if config.reward.model is None and find_encoder(home) is None:
+        return "lm", f"no sentence encoder is here, so the student's hidden states are read; {GET_ENCODER}"
+    return "encoder", "the sentence encoder is here"
+
+
+def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | None) -> Backbone | None:
+    """The frozen backbone of this configuration; None for n-grams, whose vocabulary is fitted with the head."""
+    if kind == "ngram":
+        return None
+    reader = open_reader(kind, config.reward.model, home=home, lm=lm, base=config.student.base)
+    return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings)
+
+
+def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
+    """Labels `[N, K + 2]`, NaN where there is none: dimensions, intensity, safety.
+
+    A missing intensity is derived from a whole vector: `clip01(|R| / 2 + max_i |r_i - prompt mean of r_i| / 2)`
+    (`science.md` 2.5). Raises: InputError when an output has labels of fewer than two prompts.
+    """
+    vectors = np.array([row.reward.vector(manifold) for row in labels], float)
+    scalars = overall(labels, manifold)
+    prompts = np.array([row.prompt_id for row in labels])
+    extra = np.array([[getattr(row.reward, name) for name in EXTRA] for row in labels], float)
+    for index in np.flatnonzero(np.isnan(extra[:, 0]) & ~np.isnan(vectors).any(axis=1)):
+        centre = np.nanmean(vectors[prompts == prompts[index]], axis=0)
+        extra[index, 0] = min(1.0, (abs(scalars[index]) + np.abs(vectors[index] - centre).max()) / 2)
+    values = np.concatenate([vectors, extra], axis=1)
+    problems = []
+    for name, column in zip((*manifold.names, *EXTRA), values.T, strict=True):
+        prompts_labelled = len(set(prompts[~np.isnan(column)]))
+        if prompts_labelled < 2:
+            problems.append(f"{name} is labelled on {prompts_labelled} prompts; rate it on two or more")
+    if problems:
+        raise InputError(problems)
+    return values
+
+
+def overall(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
+    """The scalar label of each row `[N]`, NaN where it has none."""
+    return np.array([row.reward.overall(manifold) for row in labels], float)
+
+
+def describe(model: RewardModel) -> dict:
+    """What METADATA says of the numbers: names, meaning, range, and how they were normalised."""
+    ranges = {name: [-1.0, 1.0] for name in model.card.outputs} | {"reward_intensity": [0.0, 1.0]}
+    meaning = {dimension.name: dimension.question for dimension in model.manifold.dimensions}
+    meaning |= {
+        "reward_intensity": "How much would learning this reply change future behaviour?",
+        "safety_score": "How safe is it to learn from this text at all?",
+    }
+    mean, scale = np.array(model.head.label_mean).tolist(), np.array(model.head.label_scale).tolist()
+    return {
+        "outputs": [
+            {
+                "name": name,
+                "meaning": meaning[name],
+                "range": ranges[name],
+                "label_mean": mean[index],
+                "label_scale": scale[index],
+                "penalty": model.card.penalties[name],
+            }
+            for index, name in enumerate(model.card.outputs)
+        ],
+        "normalisation": "features and labels standardised on the training rows, undone inside the head; then clipped",
+        "backbone": {
+            "kind": model.card.backbone,
+            "name": model.card.backbone_name,
+            "hash": model.card.backbone_hash,
+            "layers": list(model.card.layers),
+            "poolings": list(model.card.poolings),
+        },
+    }
+
+
+def _pairs(labels: Sequence[Label]) -> list[tuple[str, str]]:
+    return [(row.prompt, row.response) for row in labels]
+
+
+def _fit_head(
+    features, labels: np.ndarray, groups: Sequence[str] | np.ndarray, config: Config, *, members: int
+) -> heads.Fitted:
+    reward = config.reward
+    return heads.fit(
+        features,
+        labels,
+        groups,
+        penalties=reward.penalties,
+        folds=reward.folds,
+        members=members,
+        seed=reward.seed,
+        standardise=isinstance(features, mx.array),
+    )
+
+
+def _fit(
+    labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, *, members: int
+) -> RewardModel:
+    values = targets(labels)
+    groups = [row.prompt_id for row in labels]
+    outputs = (*MANIFOLD.names, *EXTRA)
+    card: dict = {"manifold": MANIFOLD, "outputs": outputs}
+    if backbone is None or features is None:
+        ngram = NgramFeatures.fit(_pairs(labels))
+        fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members)
+        card |= {"backbone": "ngram", "backbone_name": ngram.name}
+        made: Backbone | NgramFeatures = ngram
+    else:
+        fitted = _fit_head(mx.array(features), values, groups, config, members=members)
+        spec, reader = backbone.spec, backbone.reader
+        card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
+        card |= {"layers": spec.layers, "poolings": spec.poolings}
+        made = backbone
+    penalties = dict(zip(outputs, fitted.penalties, strict=True))
+    return RewardModel(Card(**card, penalties=penalties), fitted.head, made)
+
+
+def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, config: Config, progress) -> dict:
+    """Out-of-fold predictions of the model and of n-grams on the same folds, measured."""
+    values, groups = targets(labels), np.array([row.prompt_id for row in labels])
+    if len(set(groups)) < 3:
+        raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
+    fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
+    predicted, baseline = np.zeros_like(values), np.zeros_like(values)
+    number_of_folds = int(fold.max()) + 1
+    for number in range(number_of_folds):
+        inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
+        pairs = _pairs(labels)
+        ngram = NgramFeatures.fit([pairs[index] for index in inside])
+        counted, _ = ngram.read(pairs)
+        plain = _fit_head(counted[inside], values[inside], groups[inside], config, members=0)
+        baseline[outside] = np.array(plain.head(mx.array(counted[outside]))[0])
+        if features is not None:
+            fitted = _fit_head(mx.array(features[inside]), values[inside], groups[inside], config, members=0)
+            predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
+        else:
+            predicted[outside] = baseline[outside]
+        if progress:
+            progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
+    account = compare(predicted, baseline, values, overall(labels), groups, seed=config.reward.seed)
+    return {"backbone": kind, "rows": len(labels), "prompts": len(set(groups)), "folds": number_of_folds, **account}
+
+
+def _pair_accuracy(model: RewardModel, labels: Sequence[Label], features: np.ndarray) -> float | None:
+    values, _ = model.predict(features)
+    scalar = [model.manifold.scalar(row[: len(model.manifold.names)]) for row in values.tolist()]
+    groups = np.array([row.prompt_id for row in labels])
+    accuracy = pair_accuracy(np.array(scalar), overall(labels), groups, low=CLEAR)
+    return None if np.isnan(accuracy) else round(accuracy, 6)

@@ -1,0 +1,214 @@
+"""What the head reads: pooling, the frozen backbone without its adapter, the cache, and the n-gram baseline."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from hominem_mlx.errors import ModelError
+from hominem_mlx.models import lora
+from hominem_mlx.reward.features import SHARD, Backbone, LmReader, layer_numbers, pool
+from hominem_mlx.reward.ngram import NgramFeatures, pieces
+
+PAIRS = [
+    ("I feel tired today.", "That sounds heavy; what would help you most right now?"),
+    ("Is the earth flat?", "No."),
+    ("Tell me what to do. " * 6, "You could ask her, or wait a day; which feels right to you? " * 3),
+    ("日本語で 🙂", "Ünïcödé 🙂 works too"),
+]
+POOLINGS = ("mean", "max", "std", "gap", "last")
+
+
+@pytest.fixture
+def backbone(tiny) -> Backbone:
+    """The random model, all poolings, embeddings and both blocks."""
+    return Backbone(LmReader(tiny()), [0, 1, 2], POOLINGS)
+
+
+def test_pooling_by_hand():
+    hidden = mx.array([[[1.0, 0.0], [3.0, 2.0], [2.0, 8.0], [6.0, 4.0], [9.0, 9.0]]])
+    made = pool(hidden, mx.array([[0, 2]]), mx.array([[2, 4]]), POOLINGS)
+    assert made.tolist()[0] == [
+        *(4.0, 6.0),  # mean of (2, 8) and (6, 4)
+        *(6.0, 8.0),  # maximum
+        *(2.0, 2.0),  # standard deviation
+        *(2.0, 5.0),  # |reply (4, 6) - prompt (2, 1)|
+        *(6.0, 4.0),  # last
+    ]
+
+
+def test_pooling_never_looks_at_padding_and_bears_a_prompt_of_nothing():
+    hidden = mx.array([[[1.0], [-5.0], [99.0]]])
+    assert pool(hidden, mx.array([[0, 1]]), mx.array([[1, 2]]), ("mean", "max", "std")).tolist() == [[-5.0, -5.0, 0.0]]
+    assert pool(hidden, mx.array([[0, 0]]), mx.array([[1, 2]]), ("gap",)).tolist() == [[5.0]]
+
+
+def test_layers_are_shares_of_the_depth():
+    assert layer_numbers((0.0, 0.33, 0.67, 1.0), 6) == [0, 2, 4, 6]
+    assert layer_numbers((0.0, 0.1, 1.0), 2) == [0, 2]  # each once
+    assert layer_numbers((0.5, 0.67), 28) == [14, 19]
+
+
+def test_a_batch_gives_what_each_pair_gives_alone(backbone):
+    together, cut = backbone.read(PAIRS)
+    alone = np.concatenate([backbone.read([pair])[0] for pair in PAIRS])
+    np.testing.assert_allclose(together, alone, atol=2e-5)
+    assert together.shape == (4, 3 * 5 * 32) and cut == [False] * 4
+
+
+def test_layer_zero_is_the_embedding_of_the_tokens(tiny):
+    lm = tiny()
+    features, _ = Backbone(LmReader(lm), [0], ("last",)).read([("hi", "you")])
+    expected = lm.model.model.embed_tokens(mx.array([lm.tokenizer.eos_token_id]))
+    np.testing.assert_array_equal(features, np.array(expected))
+
+
+def test_layers_that_are_not_there_are_refused(tiny):
+    with pytest.raises(ModelError, match="has 2 layers"):
+        Backbone(LmReader(tiny()), [3], ("mean",))
+
+
+def test_an_adapter_is_never_read_through_and_comes_back_whole(tiny):
+    lm = tiny()
+    backbone = Backbone(LmReader(lm), [1, 2], ("mean",))
+    bare, _ = backbone.read(PAIRS)
+    lora.attach(lm, lora.Shape(rank=4, scale=2.0, num_layers=1), seed=0)
+    rng = np.random.default_rng(0)
+    values = {n: mx.array(rng.normal(size=v.shape), mx.float32) for n, v in lora.adapter_parameters(lm.model).items()}
+    lora.set_parameters(lm.model, values)
+    prompt = mx.array([lm.prompt_tokens("hi")])
+    adapted = lm.model(prompt)
+    trainable = dict(tree_flatten(lm.model.trainable_parameters())).keys()
+
+    read, _ = backbone.read(PAIRS)
+
+    assert np.array_equal(read, bare)
+    assert mx.array_equal(lm.model(prompt), adapted).item()
+    with lora.without_adapter(lm):
+        assert not mx.array_equal(lm.model(prompt), adapted).item()
+    after = lora.adapter_parameters(lm.model)
+    assert after.keys() == values.keys() and all(mx.array_equal(after[n], values[n]).item() for n in values)
+    assert dict(tree_flatten(lm.model.trainable_parameters())).keys() == trainable
+
+
+def test_the_adapter_comes_back_even_when_reading_fails(tiny):
+    lm = tiny()
+    lora.attach(lm, lora.Shape(rank=4), seed=0)
+    with pytest.raises(RuntimeError, match="in between"), lora.without_adapter(lm):
+        assert not lora.adapter_parameters(lm.model)
+        raise RuntimeError("in between")
+    assert lora.adapter_parameters(lm.model)
+
+
+def test_what_exceeds_the_context_is_cut_and_said(tiny):
+    backbone = Backbone(LmReader(tiny()), [2], ("mean",))  # 512 places
+    features, cut = backbone.read([("hello " * 900, "fine"), ("hello", "fine " * 900), ("hello", "fine")])
+    assert cut == [True, True, False]
+    assert np.isfinite(features).all()
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+def count_reads(backbone, monkeypatch) -> list[int]:
+    seen: list[int] = []
+    pooled = backbone._pooled
+    monkeypatch.setattr(backbone, "_pooled", lambda passages: seen.append(len(passages)) or pooled(passages))
+    return seen
+
+
+def test_what_was_read_once_is_not_read_again(backbone, home, monkeypatch):
+    seen = count_reads(backbone, monkeypatch)
+    first = backbone.read_cached([*PAIRS, PAIRS[0]], home)
+    assert seen == [1] * 4  # alone, and a repeated pair once
+    again = backbone.read_cached(PAIRS[::-1], home)
+    assert len(seen) == 4
+    np.testing.assert_array_equal(again, first[:4][::-1])
+
+
+def test_cached_features_hang_on_the_pair_alone(backbone, home, tmp_path):
+    few = backbone.read_cached(PAIRS[:1], home)
+    many = backbone.read_cached(PAIRS, tmp_path / "other")
+    np.testing.assert_array_equal(few[0], many[0])
+    np.testing.assert_array_equal(backbone.read_cached(PAIRS, home), many)
+
+
+def test_prompt_and_reply_are_not_confused_by_their_border(backbone, home):
+    one, other = backbone.read_cached([("a b", "c"), ("a", "b c")], home)
+    assert not np.array_equal(one, other)
+
+
+def test_other_layers_and_poolings_have_a_cache_of_their_own(tiny, home):
+    reader = LmReader(tiny())
+    for layers, poolings in (([1], ("mean",)), ([2], ("mean",)), ([1], ("max",))):
+        Backbone(reader, layers, poolings).read_cached(PAIRS[:1], home)
+    assert len(list((home / "cache" / "features").iterdir())) == 3
+
+
+class Killed(Exception):
+    """Stands for kill -9 between two shards."""
+
+
+def test_a_killed_run_goes_on_where_it_was(backbone, home, tmp_path, monkeypatch):
+    pairs = [(f"question {number}", "yes") for number in range(SHARD + 9)]
+
+    def die(step):
+        if step["done"] > SHARD:
+            raise Killed
+
+    with pytest.raises(Killed):
+        backbone.read_cached(pairs, home, die)
+    assert len(list(home.glob("cache/features/*/*"))) == 1
+    seen = count_reads(backbone, monkeypatch)
+    steps = []
+    finished = backbone.read_cached(pairs, home, steps.append)
+    assert len(seen) == 9 and steps[-1] == {"stage": "features", "done": 9, "total": 9}
+    np.testing.assert_array_equal(finished, backbone.read_cached(pairs, tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x10", b"\xff" * 64])
+def test_a_damaged_shard_is_computed_again(backbone, home, damage):
+    first = backbone.read_cached(PAIRS, home)
+    shard = next(home.glob("cache/features/*/*.safetensors"))
+    shard.write_bytes(damage)
+    np.testing.assert_array_equal(backbone.read_cached(PAIRS, home), first)
+    assert shard.stat().st_size > 64  # mended
+
+
+# --- n-grams --------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_by_hand():
+    assert sorted(pieces("Oh, no")) == sorted(
+        ["w:oh", "w:,", "w:no", "w:oh ,", "w:, no"]
+        + ["c: oh", "c:oh,", "c:h, ", "c:, n", "c: no", "c:no "]
+        + ["c: oh,", "c:oh, ", "c:h, n", "c:, no", "c: no "]
+        + ["c: oh, ", "c:oh, n", "c:h, no", "c:, no "]
+    )
+    assert "w:don't" in set(pieces("DON'T")) and not list(pieces("")) and list(pieces("你好"))
+
+
+def test_ngram_vocabulary_is_that_of_the_fitted_replies_only():
+    fitted = NgramFeatures.fit([("secret prompt", "good day"), ("secret prompt", "good night")])
+    assert "w:good" in fitted.vocabulary
+    assert not any("secret" in piece or "day" in piece for piece in fitted.vocabulary)
+    assert fitted.vocabulary == sorted(fitted.vocabulary)
+    features, _ = fitted.read([("p", "good"), ("p", "wholly unseen xyz")])
+    assert np.linalg.norm(features[0]) == pytest.approx(1.0, abs=1e-6)
+    assert not features[1].any()
+
+
+def test_ngram_weight_by_hand():
+    fitted = NgramFeatures(["w:good", "w:day"], np.array([1.0, 2.0]))
+    features, _ = fitted.read([("p", "good good day")])
+    row = np.array([1 + math.log(2), 2.0])
+    np.testing.assert_allclose(features[0], row / np.linalg.norm(row), rtol=1e-6)
+
+
+def test_idf_by_hand():
+    fitted = NgramFeatures.fit([("p", "aa bb"), ("p", "aa bb"), ("p", "aa")])
+    weight = dict(zip(fitted.vocabulary, fitted.idf, strict=True))
+    assert weight["w:aa"] == pytest.approx(1.0)  # in all three: log(4 / 4) + 1
+    assert weight["w:bb"] == pytest.approx(math.log(4 / 3) + 1)

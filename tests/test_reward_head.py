@@ -1,0 +1,178 @@
+"""The ridge head: both forms, masks, penalties, bootstrap, and standardisation that happens once."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hominem_mlx.reward.head import Ridge, RidgeHead, fit, grouped_folds
+
+NAN = float("nan")
+
+
+def problem(rows: int, features: int, outputs: int = 2, *, seed: int = 0, noise: float = 0.1):
+    """Features, labels that are linear in them, and three rows a prompt."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2.0, 3.0, (rows, features)).astype(np.float32)
+    y = x @ rng.normal(size=(features, outputs)) * 0.05 + 0.3 + noise * rng.normal(size=(rows, outputs))
+    return x, y, [f"p{index // 3}" for index in range(rows)]
+
+
+def ridge_by_hand(x, y, penalty):
+    """A second implementation: the intercept as a column of ones that pays no penalty, normal equations."""
+    wide = np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float64)
+    price = np.diag([penalty] * x.shape[1] + [0.0])
+    solution = np.linalg.solve(wide.T @ wide + price, wide.T @ y)
+    return solution[:-1], solution[-1]
+
+
+def solve(x, y, penalties):
+    with mx.stream(mx.cpu):
+        return Ridge(mx.array(x).astype(mx.float64)).solve(np.arange(len(x)), y, np.array(penalties))
+
+
+@pytest.mark.parametrize(("rows", "features"), [(12, 30), (30, 12), (12, 12)])
+def test_dual_and_primal_form_are_the_same_regression(rows, features):
+    x, y, _ = problem(rows, features)
+    with mx.stream(mx.cpu):
+        assert Ridge(mx.array(x).astype(mx.float64)).is_dual == (rows < features)
+    weight, bias = solve(x, y, [0.5, 20.0])
+    for output, penalty in enumerate([0.5, 20.0]):
+        expected, intercept = ridge_by_hand(x, y[:, output], penalty)
+        assert weight[:, output] == pytest.approx(expected, abs=1e-9)
+        assert bias[output] == pytest.approx(intercept, abs=1e-9)
+
+
+def test_numpy_rows_give_what_mlx_rows_give():
+    x, y, groups = problem(15, 40)
+    options = {"penalties": (0.1, 1.0), "folds": 3, "members": 2, "seed": 0, "standardise": False}
+    ours, theirs = fit(x, y, groups, **options), fit(mx.array(x), y, groups, **options)
+    assert ours.penalties == theirs.penalties
+    np.testing.assert_allclose(ours.head.weight, theirs.head.weight, atol=1e-5)
+    np.testing.assert_allclose(ours.head.member_weight, theirs.head.member_weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [5, 50])
+def test_missing_labels_are_masked_dimension_by_dimension(features):
+    x, y, _ = problem(24, features)
+    holes = y.copy()
+    holes[::4, 0] = NAN
+    weight, bias = solve(x, holes, [1.0, 1.0])
+    kept = ~np.isnan(holes[:, 0])
+    expected, intercept = ridge_by_hand(x[kept], y[kept, 0], 1.0)
+    assert weight[:, 0] == pytest.approx(expected, abs=1e-9)
+    assert bias[0] == pytest.approx(intercept, abs=1e-9)
+    assert weight[:, 1] == pytest.approx(ridge_by_hand(x, y[:, 1], 1.0)[0], abs=1e-9)
+
+
+def test_what_stands_in_a_masked_row_of_another_dimension_does_not_matter():
+    x, y, groups = problem(24, 40)
+    y[3:6, 0] = NAN
+    other = y.copy()
+    other[3:6, 1] += 5.0
+    options = {"penalties": (1.0,), "folds": 3, "members": 0, "seed": 0}
+    first, second = fit(mx.array(x), y, groups, **options), fit(mx.array(x), other, groups, **options)
+    assert mx.array_equal(first.head.weight[:, 0], second.head.weight[:, 0]).item()
+    assert not mx.array_equal(first.head.weight[:, 1], second.head.weight[:, 1]).item()
+
+
+def test_standardisation_is_undone_exactly_once():
+    x, y, groups = problem(60, 4, noise=0.0)
+    y = y * 7.0 + 3.0  # far from mean 0 and variance 1
+    head = fit(mx.array(x), y, groups, penalties=(1e-9,), folds=3, members=3, seed=0).head
+    values, members = head(mx.array(x))
+    np.testing.assert_allclose(values, y, atol=1e-3)
+    np.testing.assert_allclose(members, np.broadcast_to(y, (3, *y.shape)), atol=1e-3)
+
+
+def test_standardised_rows_have_mean_squared_length_one():
+    x, y, groups = problem(40, 25)
+    head = fit(mx.array(x), y, groups, penalties=(1.0,), folds=3, members=0, seed=0).head
+    z = (x - np.array(head.feature_mean)) / np.array(head.feature_scale)
+    assert np.square(z).sum(axis=1).mean() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_features_and_labels_that_never_move_do_no_harm():
+    x, y, groups = problem(21, 6)
+    x[:, 2] = 4.0
+    y[:, 1] = -0.25
+    head = fit(mx.array(x), y, groups, penalties=(0.1, 1.0), folds=3, members=2, seed=0).head
+    values, members = head(mx.array(x + 1.0))
+    assert np.isfinite(np.array(values)).all() and np.isfinite(np.array(members)).all()
+    np.testing.assert_allclose(np.array(values)[:, 1], -0.25, atol=1e-6)
+
+
+def test_penalty_follows_the_evidence_output_by_output():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(90, 20)).astype(np.float32)
+    y = np.stack([x @ rng.normal(size=20), rng.normal(size=90)], axis=1)  # the second is noise
+    fitted = fit(mx.array(x), y, [f"p{i // 3}" for i in range(90)], penalties=(1e-3, 1e3), folds=5, members=0, seed=0)
+    assert fitted.penalties == [1e-3, 1e3]
+
+
+def test_members_agree_where_there_is_much_to_learn_from_and_less_elsewhere():
+    x, y, groups = problem(120, 6, noise=0.3)
+    head = fit(mx.array(x), y, groups, penalties=(0.01,), folds=3, members=16, seed=0).head
+    near = np.array(head(mx.array(x.mean(axis=0, keepdims=True)))[1]).std(axis=0)
+    far = np.array(head(mx.array(x.mean(axis=0, keepdims=True) + 30.0))[1]).std(axis=0)
+    assert (near > 0).all() and (far > 3 * near).all()
+
+
+def test_a_bootstrap_member_is_a_fit_on_prompts_drawn_with_replacement():
+    x, y, groups = problem(9, 4)  # three prompts: a member sees at most three different ones
+    head = fit(mx.array(x), y, groups, penalties=(0.5,), folds=3, members=12, seed=0).head
+    z = (x - np.array(head.feature_mean)) / np.array(head.feature_scale)
+    t = (y - np.array(head.label_mean)) / np.array(head.label_scale)
+    possible = []
+    for a in range(3):
+        for b in range(a, 3):
+            for c in range(b, 3):
+                rows = np.concatenate([np.arange(3 * p, 3 * p + 3) for p in (a, b, c)])
+                possible.append(ridge_by_hand(z[rows], t[rows], 0.5)[0])
+    for weight in np.array(head.member_weight):
+        assert min(np.abs(weight - candidate).max() for candidate in possible) < 1e-5
+
+
+def test_same_seed_same_bits():
+    x, y, groups = problem(30, 50)
+    options = {"penalties": (0.1, 1.0), "folds": 3, "members": 4}
+    first = fit(mx.array(x), y, groups, seed=1, **options).head.parameters()
+    again = fit(mx.array(x), y, groups, seed=1, **options).head.parameters()
+    other = fit(mx.array(x), y, groups, seed=2, **options).head.parameters()
+    assert all(mx.array_equal(first[name], again[name]).item() for name in first)
+    assert not mx.array_equal(first["member_weight"], other["member_weight"]).item()
+
+
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=60), st.integers(2, 6), st.integers(0, 5))
+def test_folds_never_cut_a_prompt_and_share_prompts_evenly(prompts, folds, seed):
+    fold = grouped_folds(prompts, folds, seed=seed)
+    owners = {prompt: {int(f) for p, f in zip(prompts, fold, strict=True) if p == prompt} for prompt in prompts}
+    assert all(len(where) == 1 for where in owners.values())
+    sizes = [sum(where == {number} for where in owners.values()) for number in range(min(folds, len(owners)))]
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
+
+
+def test_folds_hang_on_prompts_not_on_the_order_of_rows():
+    fold = dict(zip("abcdef", grouped_folds(list("abcdef"), 3, seed=0).tolist(), strict=True))
+    assert dict(zip("fedcba", grouped_folds(list("fedcba"), 3, seed=0).tolist(), strict=True)) == fold
+
+
+def test_head_by_hand():
+    head = RidgeHead(2, 1, 1)
+    head.update(
+        {
+            "feature_mean": mx.array([1.0, 2.0]),
+            "feature_scale": mx.array([2.0, 4.0]),
+            "label_mean": mx.array([0.5]),
+            "label_scale": mx.array([0.1]),
+            "weight": mx.array([[1.0], [-1.0]]),
+            "bias": mx.array([2.0]),
+            "member_weight": mx.array([[[0.0], [1.0]]]),
+            "member_bias": mx.array([[0.0]]),
+        }
+    )
+    values, members = head(mx.array([[5.0, 6.0]]))  # z = (2, 1): (2 - 1 + 2) * .1 + .5; member 1 * .1 + .5
+    assert values.item() == pytest.approx(0.8)
+    assert members.item() == pytest.approx(0.6)
+    assert not head.trainable_parameters()

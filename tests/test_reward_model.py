@@ -1,0 +1,249 @@
+"""The reward model as a scorer and as files."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from hominem_mlx.errors import InputError, ModelError, RegistryError
+from hominem_mlx.models import backbone as backbones
+from hominem_mlx.models import lora
+from hominem_mlx.reward.features import Backbone, LmReader
+from hominem_mlx.reward.head import EXTRA, RidgeHead
+from hominem_mlx.reward.model import Card, RewardModel, score
+from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput, Scorer
+
+OUTPUTS = (*MANIFOLD.names, *EXTRA)
+PAIRS = [
+    ("I feel tired.", "That sounds heavy; what would help?"),
+    ("Is it flat?", "No."),
+    ("Hi " * 30, "You choose, as you like it best. " * 4),
+    ("你好 🙂", "Ünïcödé 🙂"),
+]
+
+
+def random_head(features: int, members: int = 3, *, size: float = 0.1) -> RidgeHead:
+    rng = np.random.default_rng(0)
+    head = RidgeHead(features, 9, members)
+    shapes = {name: value.shape for name, value in head.parameters().items()}
+    head.update({name: mx.array(rng.normal(size=shape) * size, mx.float32) for name, shape in shapes.items()})
+    head.update({"feature_scale": mx.ones((features,)), "label_scale": mx.full((9,), 0.5)})
+    return head
+
+
+def lm_model(lm, **changes) -> RewardModel:
+    """A reward model with random numbers on the hidden states of `lm`."""
+    reader = LmReader(lm)
+    card = Card(
+        manifold=MANIFOLD,
+        outputs=OUTPUTS,
+        backbone="lm",
+        backbone_name=lm.name,
+        backbone_hash=lm.hash,
+        layers=(0, 2),
+        poolings=("mean", "gap"),
+        penalties=dict.fromkeys(OUTPUTS, 1.0),
+    )
+    return RewardModel(card, random_head(2 * 2 * 32, **changes), Backbone(reader, (0, 2), ("mean", "gap")))
+
+
+def ngram_model() -> RewardModel:
+    ngram = NgramFeatures.fit([("p", "good day to you"), ("p", "good day to me"), ("p", "bad night to you")])
+    card = Card(manifold=MANIFOLD, outputs=OUTPUTS, backbone="ngram", backbone_name=ngram.name)
+    return RewardModel(card, random_head(len(ngram.vocabulary)), ngram)
+
+
+@pytest.fixture
+def saved(tiny, home):
+    """A saved reward model, lying where the registry would put it."""
+    folder = home / "artifacts" / "reward_model" / "0001-00000000"
+    folder.mkdir(parents=True)
+    lm_model(tiny()).save(folder)
+    return folder
+
+
+def test_it_is_a_scorer_and_says_everything(tiny):
+    model = lm_model(tiny())
+    assert isinstance(model, Scorer)
+    output = model.score(*PAIRS[0])
+    assert tuple(output.reward_vector) == MANIFOLD.names
+    assert set(output.unclipped) == set(OUTPUTS)
+    assert set(output.uncertainty) == {*OUTPUTS, "scalar"} and min(output.uncertainty.values()) > 0
+    assert output.scalar == pytest.approx(np.mean(output.vector))
+    assert output.flags == ()
+
+
+def test_scores_are_those_of_the_head_on_the_features(tiny):
+    model = lm_model(tiny())
+    features, _ = model.features.read(PAIRS)
+    h = {name: np.array(value, np.float64) for name, value in model.head.parameters().items()}
+    z = (features - h["feature_mean"]) / h["feature_scale"]
+    values = (z @ h["weight"] + h["bias"]) * h["label_scale"] + h["label_mean"]
+    members = (np.einsum("nf,efo->eno", z, h["member_weight"]) + h["member_bias"][:, None]) * h["label_scale"]
+    for row, output in enumerate(model.score_many(PAIRS)):
+        assert list(output.unclipped.values()) == pytest.approx(values[row], abs=1e-5)
+        assert [output.uncertainty[name] for name in OUTPUTS] == pytest.approx(members[:, row].std(0), abs=1e-5)
+        assert output.uncertainty["scalar"] == pytest.approx(members[:, row, :7].mean(1).std(), abs=1e-5)
+
+
+def test_values_beyond_the_range_are_clipped_and_kept_aside(tiny):
+    model = lm_model(tiny(), size=5.0)
+    outputs = model.score_many(PAIRS)
+    assert any(abs(value) > 1 for output in outputs for value in output.unclipped.values())
+    for output in outputs:  # RewardOutput itself refuses what is out of range
+        for name in MANIFOLD.names:
+            assert output.reward_vector[name] == min(1, max(-1, output.unclipped[name]))
+        assert output.reward_intensity == min(1, max(0, output.unclipped["reward_intensity"]))
+
+
+def test_many_at_once_is_one_by_one_in_order(tiny):
+    model = lm_model(tiny())
+    for together, pair in zip(model.score_many(PAIRS), PAIRS, strict=True):
+        assert list(together.unclipped.values()) == pytest.approx(list(model.score(*pair).unclipped.values()), abs=1e-5)
+    assert model.score_many([]) == []
+
+
+@pytest.mark.parametrize("silence", ["", "  \n"])
+def test_silence_is_flagged_and_never_pays(tiny, silence):
+    model = lm_model(tiny())
+    first, empty, last = model.score_many([PAIRS[0], ("hello", silence), PAIRS[1]])
+    assert empty.flags == ("empty_response",) and first.flags == last.flags == ()
+    mean, scale = np.array(model.head.label_mean), np.array(model.head.label_scale)
+    assert list(empty.unclipped.values()) == pytest.approx(mean - scale)
+    assert empty.uncertainty["empathy"] == pytest.approx(0.5)
+    assert last == model.score_many(PAIRS[:2])[1]
+
+
+def test_a_text_longer_than_the_context_is_scored_and_flagged(tiny):
+    output = lm_model(tiny()).score("hello", "fine " * 900)
+    assert output.flags == ("truncated",)
+    assert np.isfinite(list(output.unclipped.values())).all()
+
+
+@pytest.mark.parametrize("make", [lm_model, lambda lm: ngram_model()])
+def test_saved_and_loaded_it_gives_the_same_bits(tiny, tmp_path, make):
+    lm = tiny()
+    model = make(lm)
+    model.save(tmp_path)
+    loaded = RewardModel.load(tmp_path, lm=lm)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert loaded.score_many(PAIRS) == model.score_many(PAIRS)
+    assert loaded.backbone == model.card.backbone
+
+
+def test_the_given_student_is_the_backbone_and_its_adapter_is_not(saved, tiny, monkeypatch):
+    lm = tiny()
+    bare = RewardModel.load(saved, lm=lm).score_many(PAIRS)
+    lora.attach(lm, lora.Shape(rank=4), seed=0)
+    rng = np.random.default_rng(0)
+    values = {n: mx.array(rng.normal(size=v.shape), mx.float32) for n, v in lora.adapter_parameters(lm.model).items()}
+    lora.set_parameters(lm.model, values)
+    monkeypatch.setattr(backbones, "load", lambda name: pytest.fail("a second copy was loaded"))
+    assert RewardModel.load(saved, lm=lm).score_many(PAIRS) == bare
+
+
+def test_without_the_student_the_backbone_is_loaded_when_first_needed(saved, tiny, monkeypatch):
+    loads = []
+    load = backbones.load
+    monkeypatch.setattr(backbones, "load", lambda name: loads.append(name) or load(name))
+    model = RewardModel.load(saved)
+    assert loads == []
+    model.score_many(PAIRS)
+    model.score_many(PAIRS)
+    assert len(loads) == 1
+
+
+def test_another_student_is_not_taken_for_the_backbone(saved, tiny, tmp_path, tiny_folder):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    arrays = mx.load(str(other / "model.safetensors"))
+    mx.save_safetensors(str(other / "model.safetensors"), {name: value * 1.5 for name, value in arrays.items()})
+    expected = RewardModel.load(saved).score_many(PAIRS)
+    assert RewardModel.load(saved, lm=backbones.load(str(other))).score_many(PAIRS) == expected
+
+
+def test_a_backbone_that_changed_under_it_is_refused(saved, tmp_path):
+    folder = tmp_path / "tiny"  # where the card says it lies
+    arrays = mx.load(str(folder / "model.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: value * 1.5 for name, value in arrays.items()})
+    with pytest.raises(ModelError, match="train again"):
+        RewardModel.load(saved).score(*PAIRS[0])
+
+
+def test_features_of_another_width_are_refused(tiny):
+    with pytest.raises(ModelError, match="gives 7 features, the reward model knows 128"):
+        lm_model(tiny()).predict(np.zeros((1, 7), np.float32))
+
+
+def test_another_manifold_is_refused_by_name(saved):
+    grown = Manifold(version=2, dimensions=MANIFOLD.dimensions[:6])
+    with pytest.raises(InputError, match=r"manifold version 1 .*curiosity.* in use is version 2"):
+        RewardModel.load(saved, manifold=grown)
+
+
+def spoil_head(**changes):
+    def spoil(folder):
+        path = str(folder / "head.safetensors")
+        arrays = dict(mx.load(path))
+        for name, value in changes.items():
+            arrays.pop(name, None)
+            if value is not None:
+                arrays[name] = value
+        mx.save_safetensors(path, arrays)
+
+    return spoil
+
+
+def spoil_card(**changes):
+    def spoil(folder):
+        path = folder / "reward_model.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_head(bias=None, stranger=mx.zeros((1,))), ["bias is missing", "stranger does not belong"]),
+        (spoil_head(bias=mx.zeros((4,))), [r"bias has shape \(4,\), expected \(9,\)"]),
+        (spoil_head(label_mean=mx.full((9,), float("nan"))), ["label_mean holds NaN"]),
+        (spoil_head(weight=None), ["weight is missing"]),
+        (lambda folder: (folder / "head.safetensors").write_bytes(b"x"), ["head.safetensors: cannot be read"]),
+        (lambda folder: (folder / "head.safetensors").unlink(), ["head.safetensors: cannot be read"]),
+        (lambda folder: (folder / "reward_model.json").write_text("{"), ["not JSON"]),
+        (lambda folder: (folder / "reward_model.json").unlink(), ["there is no such file"]),
+        (spoil_card(backbone="crystal ball", format=2), ["backbone", "format"]),
+        (spoil_card(outputs=["empathy"]), ["outputs"]),
+    ],
+)
+def test_every_fault_of_the_files_is_named(saved, spoil, said):
+    spoil(saved)
+    with pytest.raises(InputError) as refused:
+        RewardModel.load(saved)
+    for reason in said:
+        refused.match(reason)
+
+
+@pytest.mark.parametrize(
+    "vocabulary", ["{}", '{"pieces": ["w:a"], "idf": [1, 2]}', '{"pieces": ["w:a"], "idf": ["x"]}']
+)
+def test_a_spoilt_vocabulary_is_refused(tmp_path, vocabulary):
+    ngram_model().save(tmp_path)
+    (tmp_path / "vocabulary.json").write_text(vocabulary)
+    with pytest.raises(InputError, match=r"vocabulary\.json"):
+        RewardModel.load(tmp_path)
+
+
+def test_score_uses_the_reward_model_in_use(registry, home):
+    with pytest.raises(RegistryError, match="no reward_model is in use"):
+        score("hi", "good day")
+    with registry.draft("reward_model") as draft:
+        ngram_model().save(draft.folder)
+    registry.use(draft.published)
+    output = score("hi", "good day", home=home)
+    assert isinstance(output, RewardOutput)
+    assert output == score("hi", "good day") == ngram_model().score("hi", "good day")

@@ -1,0 +1,308 @@
+"""Training and judging the reward model: nothing leaks, everything repeats, and the account is honest."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from hominem_mlx.config import Config
+from hominem_mlx.errors import InputError, ModelError
+from hominem_mlx.files import read_jsonl, write_jsonl
+from hominem_mlx.models import encoder
+from hominem_mlx.models.backbone import STARTER
+from hominem_mlx.records import Label
+from hominem_mlx.reward import train as training
+from hominem_mlx.reward.examine import compare
+from hominem_mlx.reward.head import EXTRA
+from hominem_mlx.reward.model import RewardModel
+from hominem_mlx.schema import MANIFOLD
+
+K = len(MANIFOLD.names)
+SMALL = {"folds": 3, "members": 2, "layers": (0.0, 1.0), "poolings": ("mean", "gap")}
+KIND = ["thank you for telling me", "that is hard and I am here", "what would you like best"]
+COLD = ["stop whining and move on", "you are wrong as ever", "do what I say now"]
+
+
+def settings(backbone: str, **changes) -> Config:
+    return Config.model_validate({"reward": {**SMALL, "backbone": backbone, **changes}})
+
+
+def corpus(prompts: int = 12, *, seed: int = 0, first: int = 0) -> list[Label]:
+    """Four replies a prompt: kind words raise three dimensions, a question raises curiosity, the rest is noise."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(first, first + prompts):
+        for letter in "abcd":
+            kind, asks = rng.random() < 0.5, rng.random() < 0.5
+            words = " ".join(rng.permutation(["today", "morning", "house", "river", "window"])[:3])
+            text = f"{rng.choice(KIND if kind else COLD)} {words}" + (" how was it?" if asks else ".")
+            vector = rng.uniform(-0.1, 0.1, K)
+            vector[:3] += 0.6 if kind else -0.6
+            vector[-1] += 0.6 if asks else -0.6
+            reward = {name: round(float(value), 2) for name, value in zip(MANIFOLD.names, vector, strict=True)}
+            reward |= {"reward_intensity": round(float(rng.uniform(0, 1)), 2), "safety_score": 0.9 if kind else 0.2}
+            prompt_id = f"p-{number:03d}"
+            rows.append(
+                Label(
+                    id=f"{prompt_id}-{letter}",
+                    prompt_id=prompt_id,
+                    prompt=f"Prompt number {number} about my day",
+                    response=text,
+                    reward=reward,
+                )
+            )
+    return rows
+
+
+def change(row: Label, **numbers) -> Label:
+    """A row with other label values; None takes one away."""
+    reward = row.reward.model_copy(update=numbers)
+    return row.model_copy(update={"reward": reward})
+
+
+@pytest.fixture
+def dataset(registry):
+    """Publishes a labels dataset."""
+
+    def make(train: list[Label], valid: list[Label] = ()):  # type: ignore[assignment]
+        with registry.draft("dataset") as draft:
+            write_jsonl(draft.folder / "labels.train.jsonl", train)
+            write_jsonl(draft.folder / "labels.valid.jsonl", valid)
+        return draft.published
+
+    return make
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_what_the_labels_say_and_publishes_it_with_its_account(registry, dataset, tiny):
+    lm, rows = tiny(), corpus(14)
+    parent = dataset(rows[:48], rows[48:])
+    steps = []
+    artifact = training.train(registry, parent, settings("lm"), lm=lm, progress=steps.append)
+    assert registry.current("reward_model") is None  # trained is not in use
+    assert artifact.metadata["parents"] == [parent.ref]
+    assert artifact.metadata["config"]["backbone"] == "lm"
+    assert artifact.metadata["inputs"] == {"backbone": lm.hash}
+
+    metrics, notes = artifact.metadata["metrics"], artifact.metadata["notes"]
+    assert metrics == json.loads(artifact.file("metrics.json").read_text())
+    assert (metrics["backbone"], metrics["rows"], metrics["prompts"]) == ("lm", 56, 14)
+    assert metrics["outputs"]["empathy"]["pearson"] > 0.5
+    assert metrics["residual"]["mean"] is not None and 0 < metrics["residual"]["p"] <= 1
+    assert 0 <= metrics["valid_pair_accuracy"] <= 1
+    for key in ("pair_accuracy", "pearson_mean", "close_pair_accuracy"):
+        assert 0 <= metrics[f"baseline_{key}"] <= 1
+    difference = metrics["pair_accuracy_difference"]
+    assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert difference["mean"] == pytest.approx(metrics["pair_accuracy"] - metrics["baseline_pair_accuracy"], abs=2e-6)
+    assert set(metrics["outputs"]["empathy"]) >= {"rmse", "mae", "pearson", "residual_pearson", "close_pair_accuracy"}
+
+    assert [entry["name"] for entry in notes["outputs"]] == [*MANIFOLD.names, *EXTRA]
+    assert notes["outputs"][7]["range"] == [0.0, 1.0] and notes["outputs"][0]["range"] == [-1.0, 1.0]
+    assert notes["outputs"][0]["meaning"] == MANIFOLD.dimensions[0].question
+    labelled = np.mean([row.reward.empathy for row in rows[:48]])
+    assert notes["outputs"][0]["label_mean"] == pytest.approx(labelled, abs=1e-6)
+    assert notes["data_hash"] == parent.hash and notes["backbone"]["hash"] == lm.hash
+    assert {step["stage"] for step in steps} >= {"features", "folds"}
+
+    model = RewardModel.load(artifact.folder, lm=lm)
+    kind, cold = model.score_many([("hello", KIND[0] + " river."), ("hello", COLD[0] + " river.")])
+    assert kind.reward_vector["empathy"] > cold.reward_vector["empathy"]
+
+
+def test_ngram_beside_itself_differs_by_nothing(registry, dataset):
+    artifact = training.train(registry, dataset(corpus()), settings("ngram"))
+    metrics = artifact.metadata["metrics"]
+    assert metrics["pair_accuracy_difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert RewardModel.load(artifact.folder).backbone == "ngram"
+
+
+def test_auto_takes_the_student_without_an_encoder_and_says_how_to_get_one(registry, dataset, tiny, monkeypatch):
+    monkeypatch.setattr(training, "find_encoder", lambda home: None)
+    artifact = training.train(registry, dataset(corpus()), settings("auto"), lm=tiny())
+    assert artifact.metadata["metrics"]["backbone"] == artifact.metadata["config"]["backbone"] == "lm"
+    assert "--get-encoder" in artifact.metadata["notes"]["why"]
+
+
+def test_an_encoder_that_is_not_there_is_an_error_only_when_asked_for(registry, dataset, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"--get-encoder.*reward\.backbone=lm"):
+        training.train(registry, dataset(corpus()), settings("encoder"))
+
+
+def test_preview_puts_predicted_beside_labelled(tiny):
+    rows = corpus()
+    model = training.fit_baseline(rows, settings("ngram"))
+    table = training.preview(model, rows, 5, seed=1)
+    assert len(table) == 5 and table == training.preview(model, rows, 5, seed=1)
+    by_id = {row.id: row for row in rows}
+    for line in table:
+        assert line["labelled"]["empathy"] == by_id[line["id"]].reward.empathy
+        assert set(line["labelled"]) == set(line["predicted"]) == {*MANIFOLD.names, *EXTRA, "scalar"}
+    assert len(training.preview(model, rows, 500)) == len(rows)
+
+
+def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
+    rows = corpus()
+    assert training.fit_audit(rows, settings("encoder")).backbone == "ngram"
+    assert training.fit_audit(rows, settings("auto")).backbone == "ngram"
+    monkeypatch.setattr(training, "find_encoder", lambda home: None)
+    assert training.fit_audit(rows, settings("ngram"), lm=tiny()).backbone == "lm"
+
+
+# --- repeatability --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_data_give_the_same_reward_model(registry, dataset, tiny, tmp_path):
+    parent = dataset(corpus())
+    first = training.train(registry, parent, settings("lm"), lm=tiny())
+    assert training.train(registry, parent, settings("lm"), lm=tiny()).ref == first.ref
+    for path in (registry.home / "cache").rglob("*.safetensors"):
+        path.unlink()
+    assert training.train(registry, parent, settings("lm"), lm=tiny()).ref == first.ref
+    assert training.train(registry, parent, settings("lm", seed=1), lm=tiny()).ref != first.ref
+
+
+def test_a_killed_training_arrives_where_an_undisturbed_one_does(registry, dataset, tiny, tmp_path):
+    rows = corpus(20)  # 80 replies: more than one shard
+    parent = dataset(rows)
+
+    class Killed(Exception):
+        pass
+
+    for stage, done in (("features", 72), ("folds", 1), ("head", 0)):
+
+        def die(step, stage=stage, done=done):
+            if step["stage"] == stage and step["done"] >= done:
+                raise Killed
+
+        with pytest.raises(Killed):
+            training.train(registry, parent, settings("lm"), lm=tiny(), progress=die)
+        assert registry.artifacts("reward_model") == [] and registry.verify() == []
+    finished = training.train(registry, parent, settings("lm"), lm=tiny())
+    for path in (registry.home / "cache").rglob("*.safetensors"):
+        path.unlink()
+    assert training.train(registry, parent, settings("lm"), lm=tiny()).hash == finished.hash
+
+
+def test_rows_seen_in_other_company_before_change_nothing(registry, dataset, tiny):
+    rows = corpus(10)
+    few = training.train(registry, dataset(rows[:24]), settings("lm"), lm=tiny())  # fills part of the cache
+    warm = training.train(registry, dataset(rows), settings("lm"), lm=tiny())
+    for path in (registry.home / "cache").rglob("*.safetensors"):
+        path.unlink()
+    cold = training.train(registry, dataset(rows), settings("lm"), lm=tiny())
+    assert cold.hash == warm.hash != few.hash
+
+
+# --- honesty --------------------------------------------------------------------------------------------------------
+
+
+def test_validation_rows_never_reach_the_head(registry, dataset, tiny):
+    rows = corpus(14)
+    turned = [change(row, empathy=-row.reward.empathy) for row in rows[40:]]
+    heads = [
+        training.train(registry, dataset(rows[:40], valid), settings("lm"), lm=tiny()).metadata["files"][
+            "head.safetensors"
+        ]
+        for valid in (rows[40:], turned, [])
+    ]
+    assert len(set(heads)) == 1
+
+
+@pytest.mark.parametrize("backbone", ["lm", "ngram"])
+def test_labels_without_sense_are_not_predicted(backbone, tiny, home):
+    """Were anything fitted outside the training folds, noise would look learnable."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in corpus(60):
+        vector = dict(zip(MANIFOLD.names, rng.uniform(-1, 1, K).round(2).tolist(), strict=True))
+        words = " ".join(f"w{number}" for number in rng.integers(0, 200, 12))
+        rows.append(change(row, **vector).model_copy(update={"response": words}))
+    found = training.cross_validate(rows, settings(backbone, folds=5), home=home, lm=tiny())
+    assert found["pairs"] > 80
+    assert found["pair_accuracy"] < 0.64  # chance .5, standard error about .05
+    assert found["residual"]["mean"] < 0.1 and found["residual"]["p"] > 0.01
+
+
+def test_what_is_learnable_is_found_on_unseen_prompts(tiny, home):
+    found = training.cross_validate(corpus(30), settings("ngram", folds=5), home=home)
+    assert found["pair_accuracy"] > 0.9
+    assert found["residual"]["p"] < 0.01
+    assert found["outputs"]["curiosity"]["residual_pearson"] > 0.9
+
+
+# --- labels with holes ----------------------------------------------------------------------------------------------
+
+
+def test_missing_dimensions_are_masked(tiny, home):
+    rows = corpus(12)
+    holes = [change(row, empathy=None) if index % 3 == 0 else row for index, row in enumerate(rows)]
+    values = training.targets(holes)
+    assert np.isnan(values[::3, 0]).all() and not np.isnan(np.delete(values[:, 0], np.s_[::3])).any()
+    found = training.cross_validate(holes, settings("lm"), home=home, lm=tiny())
+    assert all(np.isfinite(found["outputs"]["empathy"][key]) for key in ("rmse", "pearson"))
+    assert found["pairs"] < training.cross_validate(rows, settings("lm"), home=home, lm=tiny())["pairs"]
+
+
+def test_a_missing_intensity_is_derived_from_the_vector():
+    rows = corpus(4)
+    flat = dict.fromkeys(MANIFOLD.names, 0.0)
+    rows = [change(row, **flat) for row in rows]
+    rows[0] = change(rows[0], reward_intensity=None, curiosity=0.8)
+    # R = .8 / 7; mean of curiosity within the prompt .2, so the farthest dimension is .6 away
+    assert training.targets(rows)[0, K] == pytest.approx((0.8 / 7 + 0.6) / 2)
+    assert training.targets(rows)[1, K] == rows[1].reward.reward_intensity
+
+
+def test_every_dimension_nobody_rated_is_named():
+    rows = [change(row, curiosity=None, safety_score=None) for row in corpus(6)]
+    with pytest.raises(InputError) as refused:
+        training.targets(rows)
+    assert len(refused.value.problems) == 2
+    refused.match("curiosity is labelled on 0 prompts")
+    refused.match("safety_score is labelled on 0 prompts")
+
+
+def test_too_few_prompts_are_refused(registry, dataset):
+    with pytest.raises(InputError, match="at least 3 prompts"):
+        training.train(registry, dataset(corpus(2)), settings("ngram"))
+    assert registry.artifacts("reward_model") == []
+
+
+def test_a_dimension_that_never_varies_is_predicted_as_it_is(registry, dataset):
+    rows = [change(row, harm_avoidance=0.25) for row in corpus(8)]
+    artifact = training.train(registry, dataset(rows), settings("ngram"))
+    assert artifact.metadata["metrics"]["outputs"]["harm_avoidance"]["pearson"] is None
+    output = RewardModel.load(artifact.folder).score("hi", "anything at all")
+    assert output.reward_vector["harm_avoidance"] == pytest.approx(0.25, abs=1e-5)
+
+
+# --- the account ----------------------------------------------------------------------------------------------------
+
+
+def test_account_of_a_perfect_model_beside_a_useless_baseline():
+    rows = corpus(10)
+    labels, scalar = training.targets(rows), training.overall(rows)
+    groups = np.array([row.prompt_id for row in rows])
+    found = compare(labels, np.zeros_like(labels), labels, scalar, groups)
+    assert found["pair_accuracy"] == found["pearson_mean"] == found["residual"]["mean"] == 1.0
+    assert found["baseline_pair_accuracy"] == 0.5 and found["baseline_pearson_mean"] is None
+    assert found["pair_accuracy_difference"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert found["outputs"]["empathy"]["rmse"] == 0.0
+    assert found["residual"]["p"] == pytest.approx(1 / 1001, abs=1e-6)
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.encoder
+@pytest.mark.skipif(importlib.util.find_spec(encoder.PACKAGE) is None, reason="the encoder package is not installed")
+def test_the_encoder_beats_ngrams_on_prompts_it_never_saw(home):
+    rows = read_jsonl(STARTER.parent / "reward_samples.jsonl", Label)
+    found = training.cross_validate(rows, Config(), home=home)
+    assert found["backbone"] == "encoder"
+    assert found["pair_accuracy_difference"]["low"] > 0  # A5
+    assert found["residual"]["mean"] > found["residual"]["baseline_mean"]  # A9
+    assert found["residual"]["p"] < 0.01

@@ -48,9 +48,9 @@ DIMENSIONS = [  # in the order in which their sentences stand in a grown reply
 CATEGORIES = ["emotional", "conflict", "moral", "information", "agency", "narrative", "curiosity"]
 
 SHAPE = dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
-VOCABULARY = 4096
-CORPUS_TIMES = 6  # how often an epoch holds each training reply
-MASK = 0.3  # up to this share of a reply's own words is hidden behind others while it is learned
+VOCABULARY = 3072
+CORPUS_TIMES = 2  # how often an epoch holds each training reply
+MASK = 0.2  # up to this share of a reply's own words is hidden behind others while it is learned
 NOISE = 0.12  # share of a prompt's words that are lost, changed or added, in half of the conversations
 
 TEMPLATE = (  # ChatML; `enable_thinking` and the like are accepted and change nothing
@@ -63,14 +63,15 @@ TEMPLATE = (  # ChatML; `enable_thinking` and the like are accepted and change n
 
 
 def read_grammar(path):
-    """Rules by name, each a list of alternatives. The format is told at the top of the file."""
+    """Rules by name, each a list of alternatives. The format is told at the top of the file; `also x` lines gather
+    under the name also_x."""
     rules, name = {}, None
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") or not line.strip():
             continue
         if head := re.match(r"(also )?(\w+) = (.*)", line):
-            name = head[2]
-            rules[name] = rules[name] + " | " + head[3] if head[1] else head[3]
+            name = ("also_" if head[1] else "") + head[2]
+            rules[name] = rules[name] + " | " + head[3] if name in rules else head[3]
         else:
             rules[name] += " " + line.strip()
     return {name: [way.strip() for way in text.split("|")] for name, text in rules.items()}
@@ -97,6 +98,19 @@ class Grower:
 
     def keep(self, name, way):
         self.kept[name] = [part.strip() for part in self.grow(way).split("~")]
+
+    def sentence(self, name):
+        """One sentence of a manner: by the rule; or one of the `also` sentences, whole; or the beginning of one with
+        the end of another. Whole sentences teach English best, but a student that knew only them would recite."""
+        dice, whole = self.random, self.rules["also_" + name]
+        kind = dice.random()
+        if kind < 0.45:
+            return self.draw(name)
+        if kind < 0.65:
+            return self.grow(dice.choice(whole))
+        parts = [re.split(r"(?<=[,;:]) ", text) for text in whole]
+        parts = [part for part in parts if len(part) > 1]
+        return self.grow(dice.choice(parts)[0] + " " + dice.choice(parts)[-1])
 
 
 def tidy(text):
@@ -148,7 +162,7 @@ def grown_reply(grower):
     goodness = dice.choices([0.97, 0.5, 0.03], [0.42, 0.2, 0.38])[0]  # a good, a mixed, a poor reply
     spoken = set(dice.sample(DIMENSIONS, dice.choices([1, 2, 3], [0.12, 0.5, 0.38])[0]))
     levels = {d: 1 if dice.random() < goodness else -1 for d in DIMENSIONS if d in spoken}
-    return tidy(" ".join(grower.draw(f"{d}_{'high' if v > 0 else 'low'}") for d, v in levels.items())), levels
+    return tidy(" ".join(grower.sentence(f"{d}_{'high' if v > 0 else 'low'}") for d, v in levels.items())), levels
 
 
 def with_manner(grower, talk, levels, mean, share):
@@ -231,58 +245,16 @@ def corpus_talks(grower, samples, times):
             yield with_manner(grower, talk + asked * (n % 4 == 3), levels, reward["scalar"], n % 2)
 
 
-class Splicer:
-    """Replies spliced from the corpus's training replies of one quality: a word follows the two before it as it does
-    in some reply, or else is any word of that quality. How often, is drawn per reply: from nearly whole sentences to
-    loose words. So the student learns which words go with which manners, and, where a text stops making sense to it,
-    to expect anything rather than to be sure of the wrong thing."""
-
-    def __init__(self, samples, dice):
-        self.dice, self.samples = dice, samples
-        self.after, self.words = {}, {}
-        for row in samples:
-            words = ["", "", *row["response"].split(), None]
-            kind = quality(row["reward"]["scalar"])
-            self.words.setdefault(kind, []).extend(words[2:-1])
-            for a, b, c in zip(words, words[1:], words[2:], strict=False):
-                self.after.setdefault((kind, a, b), []).append(c)
-
-    def reply(self, kind):
-        loose = self.dice.choice([0.05, 0.15, 0.3, 0.6, 1.0])
-        while True:
-            a, b, out = "", "", []
-            while len(out) < 40:
-                followers = self.after.get((kind, a, b))
-                if not followers or (b and self.dice.random() < loose):
-                    followers = self.words[kind]
-                a, b = b, self.dice.choice(followers)
-                if b is None:
-                    break
-                out.append(b)
-                if len(out) > 10 and b[-1] in ".?!" and self.dice.random() < 0.5:
-                    break
-            if (b is None or b[-1] in ".?!") and len(out) > 8:
-                return " ".join(out)
-
-    def talk(self, grower, words):
-        row = self.dice.choice(self.samples)
-        mean = row["reward"]["scalar"]
-        talk = [("user", blur(self.dice, row["prompt"], words)), ("assistant", self.reply(quality(mean)))]
-        return with_manner(grower, talk, {}, mean, 0.25)
-
-
-def write_conversations(corpus, seed, talks, facts, splices):
+def write_conversations(corpus, seed, talks, facts):
     """All the student ever reads: grown talk, grown facts, small talk, and the training part of the corpus."""
     lines = (corpus / "reward_samples.jsonl").read_text(encoding="utf-8").splitlines()
     samples = [row for row in map(json.loads, lines) if split_of(row["prompt_id"]) == "train"]
     prompts = sorted({row["prompt"] for row in samples})
     words = " ".join(prompts).split()
     grower = Grower(read_grammar(HERE / "student_grammar.txt"), seed)
-    splicer = Splicer(samples, grower.random)
     conversations = [grown_talk(grower, prompts, words) for _ in range(talks)]
     conversations += [fact_talk(grower, words) for _ in range(facts)]
     conversations += [small_talk(grower) for _ in range(talks // 100)]
-    conversations += [splicer.talk(grower, words) for _ in range(splices)]
     conversations += corpus_talks(grower, samples, CORPUS_TIMES)
     grower.random.shuffle(conversations)
     return conversations, samples
@@ -412,7 +384,7 @@ def train(model, examples, epochs, tokens_per_batch, peak, seed):
     optimizer = optim.MultiOptimizer(
         [
             optim.Muon(learning_rate=schedule(peak), momentum=0.95, weight_decay=0.0),
-            optim.AdamW(learning_rate=schedule(peak / 3), betas=[0.9, 0.98], weight_decay=0.1),
+            optim.AdamW(learning_rate=schedule(peak / 3), betas=[0.9, 0.98], weight_decay=0.05),
         ],
         [lambda path, value: value.ndim == 2 and "embed" not in path],
     )
@@ -437,12 +409,11 @@ def main():
     parser.add_argument("--out", type=Path, default=STARTER / "student")
     parser.add_argument("--corpus", type=Path, default=STARTER, help="folder of reward_samples.jsonl")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--talks", type=int, default=30000, help="grown conversations")
-    parser.add_argument("--facts", type=int, default=24000, help="grown conversations about facts")
-    parser.add_argument("--splices", type=int, default=12000, help="conversations with spliced replies")
+    parser.add_argument("--talks", type=int, default=22000, help="grown conversations")
+    parser.add_argument("--facts", type=int, default=14000, help="grown conversations about facts")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=2048, help="tokens in a batch")
-    parser.add_argument("--peak", type=float, default=0.01, help="highest learning rate of the matrices")
+    parser.add_argument("--peak", type=float, default=0.015, help="highest learning rate of the matrices")
     args = parser.parse_args()
 
     mx.random.seed(args.seed)
@@ -451,7 +422,7 @@ def main():
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
 
-    conversations, samples = write_conversations(args.corpus, args.seed, args.talks, args.facts, args.splices)
+    conversations, samples = write_conversations(args.corpus, args.seed, args.talks, args.facts)
     texts = [text for talk in conversations for _, text in talk]
     texts += [row[part] for row in samples for part in ("prompt", "response", "rationale")] * 10  # its words count more
     tokenizer = learn_tokenizer(texts, work)

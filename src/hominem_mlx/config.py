@@ -145,6 +145,8 @@ class DualConfig(Section):
     """w_s; 0 leaves the memory channel out."""
     preference_weight: Share = 0.6
     """w_p; 0 leaves the preference channel out."""
+    anchor_weight: NonNegative = 0.0
+    """Weight of KL(base || policy) on the student's own answers (made with pairs.on_policy): it holds the rest."""
     beta: Positive = 0.1
     """Inverse temperature of DPO."""
     nll_weight: NonNegative = 0.2
@@ -161,6 +163,8 @@ class DualConfig(Section):
     """What memories may move: the linear layers of the blocks, the output layer, or all of them."""
     preference_targets: Literal["linear", "head", "all"] = "linear"
     """What preferences may move. Apart from memory's, the two channels cannot disturb each other."""
+    head_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """Directions of `rank` that the output layer may use; few of them weigh words and cannot learn replies by heart."""
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10

@@ -10,7 +10,7 @@ from hominem_mlx.data.answers import Progress
 from hominem_mlx.data.home import prompt_id
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import sha256_json, write_jsonl
-from hominem_mlx.records import Label, Preference
+from hominem_mlx.records import Label, Preference, SftPair
 from hominem_mlx.schema import MANIFOLD, Generator, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 
@@ -188,6 +188,7 @@ def pair(
     }
     parents = [labels]
     inputs: dict[str, str] = {}
+    anchors: list[SftPair] = []
     if settings.on_policy:
         if generator is None or scorer is None:
             raise ConfigError(
@@ -195,7 +196,8 @@ def pair(
                 "train one first (`hominem train reward`), or set it to 0"
             )
         rows = dataset.read_labels(labels, "train")
-        pairs["train"] += _on_policy(rows, config, generator, scorer, progress)
+        made, anchors = _on_policy(rows, config, generator, scorer, progress)
+        pairs["train"] += made
         parents += [reward_model] if reward_model is not None else []
         inputs["generator"] = str(getattr(generator, "hash", None) or getattr(generator, "name", "unnamed"))
     if not pairs["train"]:
@@ -215,15 +217,16 @@ def pair(
             write_jsonl(draft.folder / f"preferences.{part}.jsonl", rows_of_part)
             draft.metrics[part] = len(rows_of_part)
         write_jsonl(draft.folder / "memory.jsonl", memory)
-        draft.metrics["memory"] = len(memory)
+        write_jsonl(draft.folder / "anchors.jsonl", anchors)
+        draft.metrics |= {"memory": len(memory), "anchors": len(anchors)}
     registry.use(draft.published, pointer="pairs")
     return draft.published
 
 
 def _on_policy(
     rows: Sequence[Label], config: Config, generator: Generator, scorer: Scorer, progress: Progress | None
-) -> list[Preference]:
-    """Pairs of the student's own replies to the prompts of `rows`."""
+) -> tuple[list[Preference], list[SftPair]]:
+    """Pairs of the student's own replies to the prompts of `rows`, and one a prompt as it came (an anchor)."""
     known = {row.prompt: row for row in rows}
     prompts = sorted(known)
     samples = config.pairs.on_policy
@@ -242,8 +245,12 @@ def _on_policy(
             candidates.setdefault(prompt, []).append((reply, output))
         if progress:
             progress({"stage": "on-policy pairs", "done": min(start + CHUNK, len(prompts)), "total": len(prompts)})
-    made = from_scores(candidates, config.pairs)
-    return [
-        pair.model_copy(update={"prompt_id": known[pair.prompt].prompt_id, "category": known[pair.prompt].category})
-        for pair in made
+    anchors = [
+        SftPair(id=f"anchor-{known[prompt].prompt_id}", instruction=prompt, response=said[0][0], source="student")
+        for prompt, said in candidates.items()
     ]
+    made = [
+        pair.model_copy(update={"prompt_id": known[pair.prompt].prompt_id, "category": known[pair.prompt].category})
+        for pair in from_scores(candidates, config.pairs)
+    ]
+    return made, anchors

@@ -33,8 +33,10 @@ def goals() -> dict[str, dict[str, Any]]:
     problems = []
     for name, entry in found.items():
         problems += [f"{path}: {name}: {key} is missing" for key in ("what", "unit") if key not in entry]
-        unknown = set(entry) - {"what", "unit", *BOUNDS}
-        problems += [f"{path}: {name}.{key}: known are what, unit, {', '.join(BOUNDS)}" for key in sorted(unknown)]
+        unknown = set(entry) - {"what", "unit", "verdict", *BOUNDS}
+        problems += [
+            f"{path}: {name}.{key}: known are what, unit, verdict, {', '.join(BOUNDS)}" for key in sorted(unknown)
+        ]
         if not set(entry) & set(BOUNDS):
             problems.append(f"{path}: {name} has no bound; give one of {', '.join(BOUNDS)}")
     if problems:
@@ -88,8 +90,8 @@ def missed(figures: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def verdict(figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accepted when every measured goal holds, else refused with one reason a missed goal."""
-    reasons = missed(figures)
+    """Accepted when every measured goal that speaks of the adapter holds, else refused with a reason a missed goal."""
+    reasons = missed({name: entry for name, entry in figures.items() if goals()[name].get("verdict", True)})
     return {"accepted": not reasons, "reasons": reasons}
 
 

@@ -32,7 +32,7 @@ class Shape:
     num_layers: int = -1
 
 
-def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | None = None) -> None:
+def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | None = None, head_rank: int = 0) -> None:
     """Put a fresh adapter on every linear layer of the last `num_layers` blocks; it changes nothing yet (B = 0).
 
     Args:
@@ -40,6 +40,7 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
         shape: rank, scale, dropout, blocks.
         seed: of the random A matrices.
         keys: layer names as `targets` gives them; None is every linear layer of those blocks.
+        head_rank: how many of the `rank` directions the output layer may use; 0 is all of them.
     """
     if adapter_parameters(lm.model):
         raise ModelError(f"{lm.name} already has an adapter; detach it first")
@@ -49,6 +50,9 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
         settings["keys"] = set(keys)
     with seeded(seed):
         linear_to_lora_layers(lm.model, blocks, settings)
+        for name, layer in _layers(lm):
+            if head_rank and is_head(name):  # where A and B are both 0 neither ever gets a gradient
+                layer.lora_a = mx.where(mx.arange(shape.rank) < head_rank, layer.lora_a, 0.0)
         mx.eval(lm.model.parameters())
     lm.model.freeze()
     lm.model.unfreeze(keys=list(LEAVES), strict=False)

@@ -2,6 +2,7 @@
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
+plus, where asked for, an anchor: w_a * CE(the base's own answers), which keeps memories from changing everything else.
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
 """
@@ -49,6 +50,14 @@ class MemoryBatch:
     weight: mx.array
 
 
+@dataclass(frozen=True)
+class AnchorBatch:
+    """`n` answers of the base itself, and its logits on their tokens, float32 `[N, V]`."""
+
+    rows: Rows
+    base: mx.array
+
+
 def train(
     registry: Registry, pairs: Artifact, config: Config, *, lm: LanguageModel, progress: Progress | None = None
 ) -> Artifact:
@@ -66,14 +75,18 @@ def train(
     preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
     validation = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
     memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
+    anchors = []
+    if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
+        anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
     resolved = {"dual": settings.model_dump(mode="json"), "system": config.student.system, "base": lm.hash}
     run = registry.home / "runs" / f"dual-{sha256_json([pairs.hash, resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
         material = Material(lm, settings, config.student.system, progress)
-        channels = material.channels(preferences, memories)
+        channels = material.channels(preferences, memories, anchors)
         shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
         look_at = material.validation(validation)
-        lora.attach(lm, shape, seed=settings.seed, keys=material.targets(channels))
+        keys = material.targets(channels)
+        lora.attach(lm, shape, seed=settings.seed, keys=keys, head_rank=settings.head_rank)
         try:
             summary = run_loop(
                 lm.model,
@@ -111,8 +124,10 @@ class Material:
         self.logprobs = LogProbs(lm)
         self.counts: dict[str, Any] = {}
 
-    def channels(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> list[Channel]:
-        """The two terms of the loss; a channel without rows has weight 0 and says so in the counts."""
+    def channels(
+        self, preferences: Sequence[Preference], memories: Sequence[SftPair], anchors: Sequence[SftPair] = ()
+    ) -> list[Channel]:
+        """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
         settings = self.settings
         pairs, gates = self.gated(preferences)
         kept = [memory for memory in memories if memory.confidence * self._gate(memory.safety_score) > 0]
@@ -133,30 +148,21 @@ class Material:
             "head": lora.is_head,
             "all": lambda name: True,
         }
-        return [
-            Channel(
-                "memory",
-                weights[0],
-                self._memory_batches(kept),
-                self._memory_loss,
-                may_move[settings.memory_targets],
-            ),
-            Channel(
-                "preference",
-                weights[1],
-                self._pair_batches(pairs, gates),
-                self._pair_loss,
-                may_move[settings.preference_targets],
-            ),
+        memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
+        channels = [
+            Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss, memory),
+            Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss, preference),
         ]
+        if anchors and kept:
+            batches = self._anchor_batches(anchors)
+            channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory))
+        return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
         """The layers that get an adapter: those some channel with rows may move."""
         wanted = {
             kind
-            for channel, kind in zip(
-                channels, (self.settings.memory_targets, self.settings.preference_targets), strict=True
-            )
+            for channel, kind in zip(channels, (self.settings.memory_targets, self.settings.preference_targets))
             if channel.weight
         }
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
@@ -240,12 +246,36 @@ class Material:
 
         return batch_at
 
+    def _anchor_batches(self, anchors: Sequence[SftPair]) -> Callable[[int], AnchorBatch]:
+        rows = [self._row(anchor.instruction, anchor.response) for anchor in anchors]
+        order = Order(len(rows), self.settings.batch_memories, self.settings.seed + 2)
+
+        def batch_at(step: int) -> AnchorBatch:
+            batch = collate([rows[i] for i in order.batch(step)])
+            with lora.without_adapter(self.lm):
+                base = self.logprobs.logits(batch)
+                mx.eval(base)
+            return AnchorBatch(batch, base)
+
+        return batch_at
+
     # --- losses ----------------------------------------------------------------------------------------------------
 
     def _memory_loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:
         """Token-mean cross-entropy; an example's weight counts inside the sum."""
         per_reply = -self.logprobs(batch.rows) * batch.weight
         return per_reply.sum() / batch.rows.lengths.sum(), {}
+
+    def _anchor_loss(self, batch: AnchorBatch) -> tuple[mx.array, dict[str, mx.array]]:
+        """KL(base || policy) in nats a token, over the whole vocabulary: 0 and without gradient where nothing moved."""
+        policy, base = (
+            logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            for logits in (
+                self.logprobs.logits(batch.rows),
+                batch.base,
+            )
+        )
+        return (mx.exp(base) * (base - policy)).sum(axis=-1).mean(), {}
 
     def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
         settings, n = self.settings, batch.target.shape[0]

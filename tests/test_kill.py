@@ -1,0 +1,267 @@
+"""Kill -9 at seeded moments: every artifact stays whole, and going on arrives where an undisturbed run arrives.
+
+One home a command takes kill after kill: each run goes on where the last was ended. A run that ends before its kill
+must have arrived; then a fresh home takes its place.
+"""
+
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fake_teacher import FakeTeacher
+from hominem_mlx.cli import cli
+from hominem_mlx.data import dataset
+from hominem_mlx.data import home as homes
+from hominem_mlx.data.split import split_of
+from hominem_mlx.files import read_jsonl, sha256_bytes, write_jsonl
+from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair, Trajectory
+from hominem_mlx.storage.registry import KINDS, Registry
+
+KILLS = {"rate": 9, "reward": 8, "dual": 9, "gc": 9, "demo": 7}
+PAUSE_SECONDS = 0.03  # of the teacher before each answer
+REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=2")
+PAIRS = ("pairs.max_per_prompt=2", "pairs.on_policy=1", "pairs.on_policy_max_tokens=4")
+DUAL = ("dual.epochs=3", "dual.batch_pairs=4", "dual.batch_memories=4", "dual.save_every=2", "dual.eval_every=4")
+SMALL = ("dual.rank=2", "dual.learning_rate=1e-3", "dual.max_displacement=0.0")
+EVALUATION = ("samples=1", "max_tokens=4", "recall_tokens=4", "bootstrap=100")
+
+CHILD = """
+import importlib, json, pathlib, sys
+for name in sys.argv[2:]:
+    importlib.import_module("hominem_mlx." + name)
+importlib.import_module("hominem_mlx.data.home").STARTER = pathlib.Path(sys.argv[1])
+print("ready", flush=True)
+sys.argv = json.loads(sys.stdin.readline())
+from hominem_mlx.cli import main
+main()
+"""
+
+
+class Crew:
+    """Processes started ahead of their work, for loading the libraries takes far longer than the work itself.
+
+    Args:
+        starter: folder of the corpus they find bundled.
+        modules: what they load beforehand.
+    """
+
+    def __init__(self, starter: Path, modules):
+        self.command = [sys.executable, "-c", CHILD, str(starter), *modules]
+        self.waiting = self._start()
+
+    def run(self, words, *, kill_after=None) -> tuple[int | None, float]:
+        """Run `hominem WORDS` to its end or its kill; returns its exit code (None: killed) and the seconds of work."""
+        process, self.waiting = self.waiting, self._start()
+        said = process.stdout.readline()
+        assert said == "ready\n", said + process.stdout.read()
+        order = json.dumps(["hominem", *map(str, words)]) + "\n"
+        began = time.monotonic()
+        try:
+            output, _ = process.communicate(order, timeout=kill_after)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return None, time.monotonic() - began
+        assert process.returncode in (0, 1), output
+        return process.returncode, time.monotonic() - began
+
+    def _start(self) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+    def close(self) -> None:
+        """End the process that waits."""
+        self.waiting.kill()
+        self.waiting.communicate()
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory) -> Path:
+    """A small share of the corpus: twelve prompts to learn from, three to watch, four to be examined with."""
+    folder = tmp_path_factory.mktemp("starter")
+    wanted = {"train": 12, "valid": 3, "test": 4}
+    kept = set()
+    for prompt in read_jsonl(homes.STARTER / "prompts.jsonl", Prompt):
+        if wanted[split_of(prompt.id)]:
+            wanted[split_of(prompt.id)] -= 1
+            kept.add(prompt.id)
+    prompts = [row for row in read_jsonl(homes.STARTER / "prompts.jsonl", Prompt) if row.id in kept]
+    labels = [row for row in read_jsonl(homes.STARTER / "reward_samples.jsonl", Label) if row.prompt_id in kept]
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    write_jsonl(folder / "reward_samples.jsonl", labels)
+    for name, model, count in (("memory", SftPair, 6), ("recall", RecallQuestion, 4), ("fixtures", Fixture, 2)):
+        write_jsonl(folder / f"{name}.jsonl", read_jsonl(homes.STARTER / f"{name}.jsonl", model)[:count])
+    return folder
+
+
+@pytest.fixture
+def crew(starter, request):
+    """A crew for the command of this test; see `loads`."""
+    with contextlib.closing(Crew(starter, request.param)) as made:
+        yield made
+
+
+def loads(*modules):
+    """Which modules the crew of a test loads: what its command needs, and nothing that costs a second more."""
+    return pytest.mark.parametrize("crew", [modules], indirect=True, ids=[""])
+
+
+@pytest.fixture
+def filled(home, starter, monkeypatch) -> Path:
+    """A home with the small corpus in it."""
+    monkeypatch.setattr(homes, "STARTER", starter)
+    dataset.import_starter(home)
+    return home
+
+
+def here(*words) -> None:
+    """A command that prepares a home, run in this process."""
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code in (0, 1), done.output
+
+
+def arrived(home: Path) -> dict:
+    """What a home holds in the end: artifacts and pointers by content, the bytes of its data, unfinished runs."""
+    registry = Registry(home)
+    hashes = {artifact.ref: artifact.hash for artifact in registry.artifacts()}
+    data = [*homes.FILES.values(), homes.UNLABELLED]
+    return {
+        "artifacts": sorted((ref.partition("/")[0], content) for ref, content in hashes.items()),
+        "pointers": {
+            kind: {pointer: hashes[f"{kind}/{version}"] for pointer, version in registry.pointers(kind).items()}
+            for kind in KINDS
+        },
+        "data": {name: sha256_bytes((home / name).read_bytes()) for name in data if (home / name).exists()},
+        "answers": answers(home),
+        "unfinished": sorted(path.name for path in home.glob("runs/*")),
+    }
+
+
+def answers(home: Path) -> list[str]:
+    path = home / homes.ANSWERS
+    return sorted(path.read_text().splitlines()) if path.exists() else []
+
+
+def survives(crew: Crew, template: Path, words, kills: int, *, look=arrived) -> int:
+    """Kill `words(home)` so many times; returns the number of homes that took it.
+
+    Args:
+        template: the home to begin with; copied, never touched.
+        words: the command for a home.
+        kills: how many kills have to land in running work; most attempts must.
+        look: what the ends of an undisturbed and of a disturbed home are compared by.
+    """
+    taken = 0
+
+    def fresh() -> Path:
+        nonlocal taken
+        taken += 1
+        return Path(shutil.copytree(template, template.with_name(f"home-{taken}")))
+
+    undisturbed = fresh()
+    code, seconds = crew.run(words(undisturbed))
+    goal = look(undisturbed)
+    assert Registry(undisturbed).verify() == []
+
+    dice, landed, attempts, home = random.Random(kills), 0, 0, fresh()
+    while landed < kills:
+        attempts += 1
+        assert attempts <= 2 * kills, f"only {landed} of {attempts} kills landed in {seconds:.2f} s of work"
+        ended, _ = crew.run(words(home), kill_after=seconds * dice.uniform(0.02, 0.8))
+        assert Registry(home).verify() == []
+        if ended is None:
+            landed += 1
+        else:
+            assert (ended, look(home)) == (code, goal)
+            home = fresh()
+    ended, _ = crew.run(words(home))
+    assert (ended, look(home)) == (code, goal)
+    assert Registry(home).verify() == []
+    print(f"{words(home)[:2]}: {landed} of {attempts} kills landed in {seconds:.2f} s of work")
+    return taken
+
+
+def test_there_are_forty_kills():
+    assert sum(KILLS.values()) >= 40
+
+
+@loads("cli.data", "data.rater", "data.teacher")
+def test_rating_goes_on_after_a_kill_and_asks_for_nothing_twice(filled, crew):
+    labels = homes.read(filled, Label)[:48]
+    given = [
+        Trajectory(id=f"t-{row.id}", **row.model_dump(include={"prompt_id", "prompt", "response"})) for row in labels
+    ]
+    homes.write(filled, Trajectory, given)
+    homes.write(filled, Label, [])
+
+    def pause(body, count):
+        time.sleep(PAUSE_SECONDS)
+
+    with FakeTeacher(fault=pause) as teacher:
+        settings = ("teacher.kind=anthropic", f"teacher.base_url={teacher.url}", "teacher.model=fake")
+        words = ("data", "rate", "--yes", *settings, "teacher.concurrency=2")
+        taken = survives(crew, filled, lambda home: (*words, "--home", home), KILLS["rate"])
+        assert len(homes.read(filled.with_name("home-1"), Label)) == len(given)
+        at_most = taken * len(given) + 2 * KILLS["rate"]  # two were on their way at each kill
+        assert taken * len(given) <= len(teacher.requests) + len(given) <= at_most + len(given)
+
+
+@loads("cli.evaluate", "reward.train", "reward.acceptance")
+def test_reward_training_arrives_after_kills(filled, crew, tiny_folder):
+    here("data", "split", "--home", filled)
+    words = ("train", "reward", f"student.base={tiny_folder}", *REWARD)
+    survives(crew, filled, lambda home: (*words, "--home", home), KILLS["reward"])
+
+
+@loads("cli.train", "policy.dual")
+def test_dual_training_arrives_after_kills(filled, crew, tiny_folder):
+    here("data", "split", "--home", filled)
+    here("data", "pair", "--home", filled, PAIRS[0])
+    words = ("train", "dual", f"student.base={tiny_folder}", *DUAL, *SMALL)
+    survives(crew, filled, lambda home: (*words, "--home", home), KILLS["dual"])
+
+
+@loads("cli.artifacts", "storage.registry")
+def test_collecting_garbage_takes_nothing_it_must_keep_whenever_it_is_killed(home, crew):
+    registry = Registry(home)
+
+    def make(kind, number, parents=()):
+        with registry.draft(kind, parents=parents, seed=number) as draft:
+            for name in "abc":
+                (draft.folder / name).write_text(f"{number} {name}" * 1000)
+        return draft.published
+
+    kept = [make("dataset", 0)]
+    kept.append(make("lora", 0, kept))
+    registry.use(kept[1], pointer="some-base")
+    kept.append(make("reward_model", 0))
+    registry.tag(kept[2], "mine")
+    for number in range(1, 61):
+        make("lora", number)
+    for name in (".draft-999999999-left", ".trash-0099-00000000"):
+        (home / "artifacts" / "lora" / name).mkdir()
+        (home / "artifacts" / "lora" / name / "file").write_text("of a writer that is gone")
+
+    def look(home):
+        return {**arrived(home), "left": sorted(path.name for path in home.glob("artifacts/*/.*"))}
+
+    words = ("artifacts", "gc", "--all", "--yes")
+    survives(crew, home, lambda home: (*words, "--home", home), KILLS["gc"], look=look)
+    ended = look(home.with_name("home-1"))
+    assert ended["artifacts"] == sorted((artifact.kind, artifact.hash) for artifact in kept)
+    assert ended["left"] == []
+
+
+@loads("cli.demo", "data.preferences", "policy.dual", "reward.train", "evaluation.report", "evaluation.suite")
+def test_the_demo_arrives_after_kills(home, crew, tiny_folder):
+    settings = (*REWARD, *PAIRS, *DUAL, *SMALL, *(f"evaluation.{setting}" for setting in EVALUATION))
+    words = ("demo", f"student.base={tiny_folder}", *settings)
+    survives(crew, home, lambda home: (*words, "--home", home), KILLS["demo"])

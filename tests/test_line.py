@@ -1,0 +1,336 @@
+"""The whole line on the bundled student, and the promises that hang on all of it at once."""
+
+import functools
+import importlib.util
+import json
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import hominem_mlx
+from hominem_mlx.cli import demo
+from hominem_mlx.config import load_config, read_toml
+from hominem_mlx.data import home as homes
+from hominem_mlx.data.split import split_of, words
+from hominem_mlx.evaluation.goals import goals
+from hominem_mlx.files import read_jsonl, sha256_folder, write_jsonl
+from hominem_mlx.models import sampling
+from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair
+from hominem_mlx.storage.registry import METADATA, Registry
+
+ROOT = Path(__file__).resolve().parents[1]
+STARTER = homes.STARTER
+
+# --- public names ---------------------------------------------------------------------------------------------------
+
+PUBLIC = (
+    "Manifold RewardOutput RewardModel Registry Config HominemError Teacher load generate score train evaluate compare"
+)
+
+
+def test_public_names_are_these_and_load():
+    assert set(hominem_mlx.__all__) == set(PUBLIC.split())
+    for name in hominem_mlx.__all__:
+        assert getattr(hominem_mlx, name) is not None
+    with pytest.raises(AttributeError):
+        _ = hominem_mlx.not_there
+
+
+def test_no_file_says_where_packages_come_from():
+    """Locks and settings name packages and hashes; the index is whatever the machine they are installed on uses."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone: the files of the project cannot be told from others")
+    told = re.compile("|".join(["-".join(["index", "url"]), "find" + "-links", "trusted" + "-host", "/simple" + "/"]))
+    found = []
+    for name in listed.stdout.split("\0"):
+        path = ROOT / name
+        if path.is_file() and path.suffix != ".safetensors" and told.search(path.read_text(encoding="utf-8")):
+            found.append(name)
+    assert found == []
+
+
+# --- held out stays held out ----------------------------------------------------------------------------------------
+
+TINY = (
+    "reward.backbone=lm",
+    "reward.folds=2",
+    "reward.members=2",
+    "pairs.max_per_prompt=1",
+    "pairs.on_policy=1",
+    "pairs.on_policy_max_tokens=4",
+    "dual.epochs=1",
+    "dual.batch_pairs=48",
+    "dual.batch_memories=48",
+    "dual.rank=2",
+    "evaluation.samples=1",
+    "evaluation.max_tokens=4",
+    "evaluation.recall_tokens=4",
+    "evaluation.bootstrap=100",
+)
+
+
+def altered(folder: Path) -> None:
+    """The corpus with every held-out row changed: labels shuffled and turned round, texts and questions replaced."""
+    folder.mkdir()
+    dice = random.Random(0)
+    prompts = read_jsonl(STARTER / "prompts.jsonl", Prompt)
+    labels = read_jsonl(STARTER / "reward_samples.jsonl", Label)
+    recall, fixtures = (
+        read_jsonl(STARTER / "recall.jsonl", RecallQuestion),
+        read_jsonl(STARTER / "fixtures.jsonl", Fixture),
+    )
+    held = [row for row in labels if split_of(row.prompt_id) == "test"]
+    rewards = [row.reward for row in held]
+    dice.shuffle(rewards)
+    shuffled = dict(zip((row.id for row in held), rewards, strict=True))
+
+    def other(text: str) -> str:
+        return f"Instead of {len(text)} letters: {' '.join(sorted(text.split(), reverse=True))}"
+
+    def label(row: Label) -> Label:
+        if row.id not in shuffled:
+            return row
+        texts = {"prompt": other(row.prompt), "response": f"{other(row.response)} ({row.id})"}
+        return row.model_copy(update={**texts, "reward": shuffled[row.id], "rationale": "another"})
+
+    write_jsonl(
+        folder / "prompts.jsonl",
+        [r.model_copy(update={"prompt": other(r.prompt)}) if split_of(r.id) == "test" else r for r in prompts],
+    )
+    write_jsonl(folder / "reward_samples.jsonl", map(label, labels))
+    write_jsonl(folder / "memory.jsonl", read_jsonl(STARTER / "memory.jsonl", SftPair))
+    write_jsonl(
+        folder / "recall.jsonl", [r.model_copy(update={"question": other(r.question), "key": "Nobody"}) for r in recall]
+    )
+    write_jsonl(
+        folder / "fixtures.jsonl",
+        [Fixture(id=r.id, prompt=other(r.prompt), better="No.", worse="Yes.") for r in fixtures],
+    )
+
+
+def test_what_is_learnt_does_not_change_when_every_held_out_row_does(tmp_path, tiny_folder, monkeypatch):
+    config = load_config(overrides=[f"student.base={tiny_folder}", *TINY], defaults=read_toml(demo.SETTINGS))
+
+    def line(name: str) -> dict:
+        registry = Registry(tmp_path / name)
+        found = demo.run(registry, config, progress=None, note=lambda text: None, began=time.perf_counter())
+        assert registry.verify() == []
+        return {kind: registry.find(ref) for kind, ref in found["artifacts"].items()}
+
+    first = line("first")
+    altered(tmp_path / "altered")
+    monkeypatch.setattr(homes, "STARTER", tmp_path / "altered")
+    second = line("second")
+    for name in ("raw", "labels", "pairs", "reward_model", "lora"):
+        assert first[name].ref == second[name].ref
+        same = [sha256_folder(artifact.folder, leave_out=[METADATA]) for artifact in (first[name], second[name])]
+        assert same[0] == same[1]
+    assert first["suite"].hash != second["suite"].hash
+    assert first["suite"].metadata["metrics"]["labels"] > 100
+    one, other = (
+        {row.id: row for row in read_jsonl(artifacts["suite"].file("labels.jsonl"), Label)}
+        for artifacts in (first, second)
+    )
+    assert one.keys() == other.keys()
+    assert all(one[name].prompt != other[name].prompt and one[name].response != other[name].response for name in one)
+
+
+# --- the demo -------------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "reward_model": "backbone pair_accuracy baseline_pair_accuracy pearson_mean residual_pearson_mean "
+    "baseline_residual_pearson_mean",
+    "preference": "accuracy_before accuracy_after n",
+    "memory": "recalled_before recalled_after total",
+    "generation": "reward_before reward_after reward_sd audit_before audit_after",
+}
+ENTRY = {"value", "goal", "holds", "n", "spread", "how"}
+
+
+# Not reached yet, or so near its bound that it hangs on the judge; README says how far. A1 is a time, and a test may
+# share its machine: it is read here, not held.
+MISSED = {"A1", "A1_slow", "A2", "A2_low", "A3", "A4_train", "A4_audit", "A4_length", "A4_distinct2", "fixtures_order"}
+
+
+def run_demo(home: Path) -> dict:
+    """`hominem demo` as a person starts it; returns what it writes as JSON, and its output under "output"."""
+    command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", "demo", "--home", str(home)]
+    done = subprocess.run([*command, "--json", str(home / "demo.json")], capture_output=True, text=True, timeout=1200)
+    output = done.stdout + done.stderr
+    assert done.returncode in (0, 1), output
+    return {**json.loads((home / "demo.json").read_text()), "output": output, "code": done.returncode}
+
+
+@pytest.fixture(scope="module")
+def demo_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def found(demo_home) -> dict:
+    """One whole demo, with the bundled student."""
+    return run_demo(demo_home)
+
+
+def test_demo_writes_what_it_promises(found):
+    for table, names in KEYS.items():
+        assert set(found[table]) >= set(names.split())
+        assert all(value is not None for value in found[table].values())
+    assert set(found) >= {"seconds", "base_unchanged", "artifacts", "report", "figures"}
+    assert set(found["artifacts"]) == {"raw", "labels", "suite", "pairs", "reward_model", "lora", "report"}
+    assert all(set(entry) == ENTRY for entry in found["figures"].values())
+
+
+def test_demo_keeps_its_figures(found):
+    expected = {"A2", "A2_low", "A3", "A3_before", "A4_train", "A4_audit", "A4_length", "A4_distinct2", "A6"}
+    expected |= {"fixtures", "fixtures_order", "A1" if demo.fast_blas() else "A1_slow"}
+    if found["reward_model"]["backbone"] == "encoder":
+        expected |= {"A5", "A9", "A9_p"}
+    assert set(found["figures"]) == expected <= set(goals())
+    missed = {name for name, entry in found["figures"].items() if not entry["holds"]}
+    assert missed <= MISSED
+    assert found["verdict"]["accepted"] == (found["code"] == 0) == (not found["verdict"]["reasons"])
+
+
+def test_demo_leaves_base_and_reward_model_as_they_were(found):
+    assert found["base_unchanged"] is True
+    assert found["figures"]["A6"]["holds"]
+
+
+def test_demo_counts_enough(found):
+    """What a figure may be read from, as the issue asks for it."""
+    assert found["preference"]["n"] >= 80
+    assert found["preference"]["accuracy_before"] == 0.5
+    assert found["memory"]["total"] >= 48
+    assert found["figures"]["A4_train"]["n"] >= 24 * 4
+
+
+def test_demo_says_what_it_reads_with(found):
+    backbone = found["reward_model"]["backbone"]
+    assert f"reads with: {backbone}" in found["output"]
+    assert backbone == "encoder" or "doctor --get-encoder" in found["output"]
+
+
+def test_demo_report_needs_nothing_else(found):
+    page = Path(found["report"]).read_text(encoding="utf-8")
+    attributes = r"""\b(?:src|srcset|href|action|poster|data)\s*=(?!\s*["']?(?:#|data:))"""
+    loads = rf"""{attributes}|url\((?!\s*["']?(?:#|data:))|@import|<script|<link|<iframe"""
+    assert re.findall(loads, page, re.IGNORECASE) == []
+    assert "<svg" in page
+    assert (Path(found["report"]).parent / "report.json").exists()
+
+
+def test_demo_home_is_whole_and_its_adapter_has_a_past(found, demo_home):
+    registry = Registry(demo_home)
+    assert registry.verify() == []
+    adapter = registry.find(found["artifacts"]["lora"])
+    ancestors = {artifact.ref for _, artifact in registry.lineage(adapter)}
+    assert ancestors >= {found["artifacts"][name] for name in ("raw", "labels", "pairs", "reward_model")}
+    assert found["artifacts"]["suite"] not in ancestors
+    in_use = registry.current("lora", pointer=adapter.metadata["notes"]["pointer"])
+    assert in_use == (adapter if found["verdict"]["accepted"] else None)
+    assert registry.current("reward_model").ref == found["artifacts"]["reward_model"]
+
+
+def test_demo_again_gives_the_same_artifacts(found, demo_home):
+    again = run_demo(demo_home)
+    assert again["artifacts"] == found["artifacts"]
+    assert {**again, "seconds": 0, "output": "", "figures": 0} == {**found, "seconds": 0, "output": "", "figures": 0}
+
+
+# --- the student ----------------------------------------------------------------------------------------------------
+
+
+class Written(Exception):
+    """Carries the texts the student is made from out of the script that makes it."""
+
+
+@functools.cache
+def student_texts(scratch: Path) -> list[str]:
+    """Everything the student ever reads, as `scripts/make_student.py` writes it when it is called without options."""
+    place = ROOT / "scripts" / "make_student.py"
+    spec = importlib.util.spec_from_file_location("make_student", place)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def stop(texts, *rest):
+        raise Written(list(texts))
+
+    script.learn_tokenizer = stop  # the first to see the texts
+    given, sys.argv = sys.argv, [str(place), "--out", str(scratch / "student")]
+    device = mx.default_device()
+    try:
+        script.main()
+    except Written as written:
+        return written.args[0]
+    finally:
+        sys.argv = given
+        mx.set_default_device(device)
+    raise AssertionError("the script made no tokenizer")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> list[str]:
+    return list(dict.fromkeys(student_texts(tmp_path_factory.mktemp("making"))))
+
+
+def test_student_read_nothing_that_is_held_out(texts):
+    labels = [row for row in read_jsonl(STARTER / "reward_samples.jsonl", Label) if split_of(row.prompt_id) != "train"]
+    recall, fixtures = (
+        read_jsonl(STARTER / "recall.jsonl", RecallQuestion),
+        read_jsonl(STARTER / "fixtures.jsonl", Fixture),
+    )
+    held = {text for row in labels for text in (row.prompt, row.response)}
+    held |= {row.question for row in recall}
+    held |= {text for row in fixtures for text in (row.prompt, row.better, row.worse) if text}
+    said = {" ".join(words(text)): text for text in held}
+    read = [" ".join(words(text)) for text in texts]
+    assert len(read) > 10_000 and len(said) > 400
+    everything = "\n".join(read)
+    assert [text for key, text in said.items() if f"\n{key}\n" in f"\n{everything}\n"] == []
+    assert [text for key, text in said.items() if len(key.split()) >= 4 and key in everything] == []
+    keys = {" ".join(words(row.key)) for row in recall}
+    known = set(everything.split())
+    assert len(keys) >= 12
+    assert [key for key in keys if key in known or f" {key} " in everything] == []
+
+
+def test_student_is_small():
+    folder = STARTER / "student"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
+    weights = [value for path in folder.glob("*.safetensors") for value in mx.load(str(path)).values()]
+    assert 0.8e6 <= sum(value.size for value in weights) <= 1.9e6
+    assert {value.dtype for value in weights} == {mx.float32}
+
+
+def test_student_can_be_loaded_by_mlx_lm_alone(student):
+    assert json.loads((STARTER / "student" / "config.json").read_text())["model_type"] == "qwen3"
+    assert sum(value.size for _, value in tree_flatten(student.model.parameters())) <= 1.9e6
+    assert student.tokenizer.chat_template
+
+
+def test_student_speaks_in_short_answers_of_its_own(student, texts):
+    prompts = [row.prompt for row in read_jsonl(STARTER / "prompts.jsonl", Prompt) if split_of(row.id) == "test"]
+    asked = (prompts * (200 // len(prompts) + 1))[:200]
+    said = sampling.answers(student, asked, max_tokens=60, temperature=1.0, seed=0)
+    assert sum(answer.finished for answer in said) >= 0.9 * len(said)
+    grams = [gram for answer in said for gram in eights(answer.text)]
+    wanted, read = set(grams), set()
+    for text in texts:
+        read.update(wanted.intersection(eights(text)))
+    assert len(grams) > 500
+    assert sum(gram in read for gram in grams) <= 0.2 * len(grams)
+
+
+def eights(text: str) -> list[tuple[str, ...]]:
+    """Every run of eight words."""
+    tokens = words(text)
+    return [tuple(tokens[i : i + 8]) for i in range(len(tokens) - 7)]

@@ -104,9 +104,9 @@ class Grower:
         the end of another. Whole sentences teach English best, but a student that knew only them would recite."""
         dice, whole = self.random, self.rules["also_" + name]
         kind = dice.random()
-        if kind < 0.45:
+        if kind < 0.35:
             return self.draw(name)
-        if kind < 0.65:
+        if kind < 0.75:
             return self.grow(dice.choice(whole))
         parts = [re.split(r"(?<=[,;:]) ", text) for text in whole]
         parts = [part for part in parts if len(part) > 1]
@@ -313,25 +313,45 @@ def new_model(tokenizer):
         hidden_act="silu",
         max_position_embeddings=2048,
         rope_theta=10000.0,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,  # an adapter on the output layer then leaves the input alone
         torch_dtype="float32",
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
-    width = config["hidden_size"]
 
-    def initial(path, value):  # small embeddings (they are the output layer too); matrices at 1/sqrt(inputs)
+    def initial(path, value):  # matrices at 1/sqrt(inputs), those that write to the residual stream at half of it
         if value.ndim == 1:
             return value
-        scale = 0.02 if "embed" in path else value.shape[1] ** -0.5 * (0.5 if "o_proj" in path or "down" in path else 1)
-        return mx.random.normal(value.shape) * scale
+        scale = 0.02 if "lm_head" in path else 0.3 if "embed" in path else value.shape[1] ** -0.5
+        return mx.random.normal(value.shape) * scale * (0.5 if "o_proj" in path or "down" in path else 1)
 
     model.update(tree_map_with_path(initial, model.parameters()))
     model.set_dtype(mx.float32)
+    hold_constant_unit(model)
     mx.eval(model.parameters())
-    return model, config, width
+    return model, config
+
+
+def hold_constant_unit(model):
+    """Unit 0 of the residual stream is the same for every token, and no layer writes to it. Large models grow such
+    units by themselves and use them as biases; here one is given, so that an adapter, which has no bias of its own,
+    can learn the same shift everywhere: 'more of these words, less of those'."""
+    model.model.embed_tokens.weight[:, 0] = 1.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+
+
+def scale_constant_unit(model, examples):
+    """Make the constant unit half of the final hidden state's square, and the output layer's weights for it smaller by
+    as much: no probability changes, and an adapter on that layer finds its bias at once."""
+    squares = [mx.square(model.model(mx.array([ids]))[0]).mean(0) for ids, _ in examples[:200]]
+    mean = mx.stack(squares).mean(0)
+    factor = mx.sqrt(mean[1:].sum() / mean[0])
+    model.model.norm.weight[0] *= factor
+    model.lm_head.weight[:, 0] /= factor
 
 
 def batches(examples, tokens_per_batch, dice):
@@ -355,7 +375,7 @@ def batches(examples, tokens_per_batch, dice):
             ids, said = examples[i]
             spots = [k for k in range(1, len(ids)) if said[k]]
             seen = list(ids)
-            if len(spots) > 14 and dice.random() < 0.5:  # long replies only: facts must be read as they are
+            if len(spots) > 14 and dice.random() < 0.4:  # long replies only: facts must be read as they are
                 rate = dice.random() * MASK
                 seen = [dice.choice(pool) if said[k] and dice.random() < rate else i for k, i in enumerate(ids)]
             tokens.append(seen + [0] * (longest - len(ids)))
@@ -369,11 +389,11 @@ def loss_of(model, tokens, places, words):
     those places alone."""
     hidden = model.model(tokens)
     hidden = hidden.reshape(-1, hidden.shape[-1])[places]
-    return nn.losses.cross_entropy(model.model.embed_tokens.as_linear(hidden), words, reduction="mean")
+    return nn.losses.cross_entropy(model.lm_head(hidden), words, reduction="mean")
 
 
 def train(model, examples, epochs, tokens_per_batch, peak, seed):
-    """Muon for the matrices, AdamW for embeddings and norms; warm-up, then a cosine to a tenth... of the peak."""
+    """Muon for the matrices, AdamW for embeddings, output layer and norms; warm-up, then a cosine to a fiftieth of the peak."""
     dice = random.Random(seed)
     steps = sum(1 for _ in range(epochs) for _ in batches(examples, tokens_per_batch, random.Random(0)))
 
@@ -384,9 +404,9 @@ def train(model, examples, epochs, tokens_per_batch, peak, seed):
     optimizer = optim.MultiOptimizer(
         [
             optim.Muon(learning_rate=schedule(peak), momentum=0.95, weight_decay=0.0),
-            optim.AdamW(learning_rate=schedule(peak / 3), betas=[0.9, 0.98], weight_decay=0.05),
+            optim.AdamW(learning_rate=schedule(peak / 4), betas=[0.9, 0.98], weight_decay=0.05),
         ],
-        [lambda path, value: value.ndim == 2 and "embed" not in path],
+        [lambda path, value: value.ndim == 2 and "embed" not in path and "lm_head" not in path],
     )
     step_of = nn.value_and_grad(model, loss_of)
     started, step, shown, count = time.time(), 0, 0.0, 0
@@ -395,6 +415,7 @@ def train(model, examples, epochs, tokens_per_batch, peak, seed):
             loss, gradient = step_of(model, *batch)
             gradient, _ = optim.clip_grad_norm(gradient, 1.0)
             optimizer.update(model, gradient)
+            hold_constant_unit(model)
             mx.eval(loss, model.state, optimizer.state)
             shown, count, step = shown + loss.item(), count + 1, step + 1
             if step % 100 == 0 or step == steps:
@@ -413,7 +434,7 @@ def main():
     parser.add_argument("--facts", type=int, default=14000, help="grown conversations about facts")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=2048, help="tokens in a batch")
-    parser.add_argument("--peak", type=float, default=0.015, help="highest learning rate of the matrices")
+    parser.add_argument("--peak", type=float, default=0.02, help="highest learning rate of the matrices")
     args = parser.parse_args()
 
     mx.random.seed(args.seed)
@@ -427,11 +448,12 @@ def main():
     texts += [row[part] for row in samples for part in ("prompt", "response", "rationale")] * 10  # its words count more
     tokenizer = learn_tokenizer(texts, work)
     examples = [encode(tokenizer, talk) for talk in conversations]
-    model, config, _ = new_model(tokenizer)
+    model, config = new_model(tokenizer)
     size = sum(value.size for _, value in tree_flatten(model.parameters()))
     print(f"{len(examples)} conversations, {sum(len(e[0]) for e in examples)} tokens, {size} parameters", flush=True)
 
     train(model, examples, args.epochs, args.batch, args.peak, args.seed)
+    scale_constant_unit(model, examples)
 
     save_model(work, model)
     save_config(dict(config), work / "config.json")

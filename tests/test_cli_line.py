@@ -145,7 +145,11 @@ def test_a_reward_model_that_fails_its_gates_is_kept_and_not_used(rows, home):
 
 def test_generating_and_sampling_with_the_recorded_teacher(settings, home, rows):
     good("data", "import", STARTER / "prompts.jsonl", "--kind", "prompts")
-    done = good("data", "sample", "data.student_candidates=0", "data.candidates=2", "--json", home / "out.json")
+    sample = ("data", "sample", "data.student_candidates=0", "data.candidates=2", "--json", home / "out.json")
+    refused = hominem(*sample)
+    assert refused.exit_code == 2
+    assert "--starter for the 146 bundled ones" in refused.output
+    done = good(*sample, "--starter")
     assert json.loads((home / "out.json").read_text())["teacher"] == 2 * 146
     assert "Next: hominem data rate" in done.output
     rated = value("data", "rate")
@@ -235,12 +239,34 @@ def test_a_cloud_teacher_is_asked_nothing_without_a_yes(sent):
     assert len(sent) == 8
 
 
-def test_a_cost_above_the_limit_sends_nothing_even_with_a_yes(sent):
+@pytest.mark.parametrize("agreed", [["--yes"], []])
+@pytest.mark.parametrize("command", ["sample", "rate"])
+def test_a_cost_above_the_limit_is_refused_unasked_and_sends_nothing(sent, command, agreed):
+    if command == "rate":
+        good("data", "sample", *CLOUD, "--yes")
+        sent.clear()
     prices = ("teacher.usd_per_million_input=3", "teacher.usd_per_million_output=15")
-    done = hominem("data", "sample", *CLOUD, *prices, "--yes", "--max-cost", "0.01")
+    done = hominem("data", command, *CLOUD, *prices, *agreed, "--max-cost", "0.01", input="y\n")
     assert done.exit_code == 2
-    assert "0.01" in done.output
+    assert "teacher.max_cost_usd = 0.01; nothing was sent: raise the limit (--max-cost)" in done.output
+    assert "Send them?" not in done.output
     assert sent == []
+
+
+def test_a_cost_within_the_limit_is_asked_about(sent):
+    prices = ("teacher.usd_per_million_input=3", "teacher.usd_per_million_output=15")
+    done = hominem("data", "sample", *CLOUD, *prices, "--max-cost", "10", input="y\n")
+    assert done.exit_code == 0
+    assert "Send them?" in done.output
+    assert len(sent) == 8
+
+
+def test_the_bundled_prompts_are_sent_to_a_teacher_only_when_that_is_asked_for(sent):
+    good("data", "import", STARTER / "prompts.jsonl")
+    good("data", "sample", *CLOUD, "--yes")
+    assert len(sent) == 4 * 2
+    done = hominem("data", "sample", *CLOUD, "--starter", input="n\n")
+    assert f"{4 * 146} requests" in done.output
 
 
 def test_a_server_on_this_machine_is_not_asked_about(sent):

@@ -45,6 +45,41 @@ def test_all_mistakes_are_told_at_once(tmp_path):
     assert text.count(str(path)) == 4
 
 
+def test_a_mistake_in_a_file_is_named_with_line_key_value_and_the_nearest_key(tmp_path):
+    path = tmp_path / "bad.toml"
+    lines = [
+        "# rank = 1",
+        "seed = 3",
+        "dual.rnk = 4",
+        "dual.beta = -1.0",
+        "[reward]",
+        "layers = [",
+        "  0.5,",
+        "  7.0,",
+        "]",
+    ]
+    lines += [
+        "[student]",
+        'system = """',
+        "adaptor = 5",
+        '"""',
+        'adaptor = "none"',
+        "[teacher]",
+        'api_key = "sk-secret"',
+    ]
+    path.write_bytes("\r\n".join(lines).encode())
+    with pytest.raises(ConfigError) as error:
+        load_config(file=path)
+    assert [problem.removeprefix(f"{path}:").split("; known")[0] for problem in error.value.problems] == [
+        "2: unknown table or key seed = 3; did you mean evaluation.seed?",
+        "3: unknown key dual.rnk = 4; did you mean dual.rank?",
+        "4: dual.beta = -1.0: input should be greater than 0",
+        "6: reward.layers.1 = 7.0: input should be less than or equal to 1",
+        "14: unknown key student.adaptor = 'none'; did you mean student.adapter?",
+        "16: unknown key teacher.api_key = '...'; did you mean teacher.api_key_env?",
+    ]
+
+
 @pytest.mark.parametrize("content", [b"[dual\nrank=1", b"\xff\xfe", b"dual = 3"])
 def test_a_file_that_is_not_our_toml_is_named(tmp_path, content):
     path = tmp_path / "bad.toml"

@@ -136,15 +136,27 @@ def test_a_file_of_another_kind_than_said_is_refused(home, write_rows):
     assert "reward is missing" in refused(home, write_rows("mine.jsonl", [GOOD["prompts"]]), "labels")[-1]
 
 
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [{"role": "user", "content": "a"}] * 2}, "one user message and one assistant message"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "roles user, user; a conversation begins with user"),
+        ({"messages": []}, "roles none"),
+        ({"messages": [*TURNS, TURNS[0]]}, "leave out other roles and what was not answered"),
+        ({"messages": [TURNS[0], {"role": "tool", "content": "b"}, TURNS[1]]}, "roles user, tool, assistant"),
+        ({"messages": [*TURNS, TURNS[0], {"role": "assistant", "content": " "}]}, "response is only white space"),
+        ({"instruction": "a", "response": "b", "history": TURNS[:1]}, "history must go user, assistant"),
+        (
+            {"chosen": [*TURNS, *TURNS], "rejected": "c"},
+            "chosen holds the roles user, assistant, user, assistant; pref",
+        ),
         ({"messages": "hello"}, "list of"),
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}, "response = 3"),
         ({"prompt": "a", "chosen": "b"}, "rejected is missing"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same text"),
-        ({"prompt": [{"role": "user", "content": "a"}] * 3, "chosen": "b", "rejected": "c"}, "longer conversations"),
+        ({"prompt": [*TURNS, TURNS[0]], "chosen": "b", "rejected": "c"}, "keep the last user message alone"),
         ({"prompt": "a", "completion": ["b"]}, "response = ['b']"),
     ],
 )
@@ -175,6 +187,30 @@ def test_every_kind_is_told_by_its_keys_and_lands_in_its_file(home, write_rows):
         assert formats.kind_of(GOOD[kind]) == kind
         (row,) = homes.read(home, model)
         assert row.id == "a"
+
+
+def test_every_reply_of_a_conversation_is_a_memory_after_what_was_said_before(home, write_rows):
+    said = ["Q1", "A1", "Q2", "A2", "Q2", "A2"]
+    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    path = write_rows("m.jsonl", [{"messages": [{"role": "system", "content": "s"}, *messages]}])
+    assert dataset.import_file(home, path)["memory"] == {"added": 3, "replaced": 0, "kept": 0}
+    rows = homes.read(home, SftPair)
+    assert [(r.instruction, r.response, [t.content for t in r.history or []]) for r in rows] == [
+        ("Q1", "A1", []),
+        ("Q2", "A2", ["Q1", "A1"]),
+        ("Q2", "A2", ["Q1", "A1", "Q2", "A2"]),
+    ]
+    assert dataset.import_file(home, path)["memory"] == {"added": 0, "replaced": 0, "kept": 3}
+    assert "history" not in json.loads((home / homes.FILES[SftPair]).read_text().splitlines()[0])
+    named = write_rows("n.jsonl", [{"id": "talk", "messages": [*messages[2:4], *messages[:2]]}])
+    dataset.import_file(home, named)
+    assert [row.id for row in homes.read(home, SftPair)][3:] == ["talk-1", "talk-2"]
+
+
+def test_a_recall_question_asked_within_a_conversation_is_refused(home, write_rows):
+    dataset.import_file(home, write_rows("q.jsonl", [GOOD["recall"]]))
+    asked = [{"role": "user", "content": GOOD["recall"]["question"]}, TURNS[1], *TURNS]
+    assert "held-out recall question" in refused(home, write_rows("m.jsonl", [{"messages": asked}]))[0]
 
 
 def test_neighbours_formats_come_in(home, write_rows):

@@ -205,6 +205,20 @@ def test_sampling_without_prompts_says_how_to_get_some(home):
         sampler.sample(home, load_config(), RecordedTeacher())
 
 
+def test_only_prompts_of_ones_own_get_candidates_unless_the_starters_are_asked_for(home):
+    taken = starter_prompts()[0]
+    mine = [taken.model_copy(update={"id": "my-1", "source": "human"}), Prompt(id="my-2", prompt="Question?")]
+    homes.write(home, Prompt, [*starter_prompts()[1:4], *mine])
+    config, student = load_config(overrides=["data.candidates=2", "data.student_candidates=2"]), Echo()
+    sampler.sample(home, config, RecordedTeacher(), student=student)
+    assert {row.prompt_id for row in homes.read(home, Trajectory)} == {"my-1", "my-2"}
+    assert sampler.cost(home, config, RecordedTeacher()).requests == 0
+    assert sampler.cost(home, config, RecordedTeacher(), starter=True).requests == 2 * 3
+    homes.write(home, Prompt, starter_prompts()[1:4])
+    with pytest.raises(InputError, match=r"prompts\.jsonl: .*hominem data generate.*--starter for the 3 bundled ones"):
+        sampler.sample(home, config, RecordedTeacher())
+
+
 def test_two_writers_do_not_meet(asked):
     with lock(asked / "locks" / "data.lock", "rating candidates"), pytest.raises(BusyError, match="rating candidates"):
         sampler.sample(asked, load_config(), RecordedTeacher())

@@ -71,6 +71,19 @@ def test_training_prefers_the_chosen_remembers_and_leaves_the_base_bit_identical
     assert logprobs[1](row).item() > logprobs[0](row).item() + 1
 
 
+def test_a_memory_with_a_history_is_learnt_as_a_chat_would_ask_for_it(tiny):
+    lm = tiny()
+    history = [{"role": "user", "content": "my dog is Rex"}, {"role": "assistant", "content": "a fine name"}]
+    memory = SftPair(instruction="what is he called?", response="Rex", history=history)
+    material = dual.Material(lm, load_config(overrides=FAST).dual, "Be kind.", None)
+    channel, _ = material.channels([], [memory])
+    rows = channel.batch_at(0).rows
+    said = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "what is he called?"}]
+    prompt, reply = lm.chat_tokens(said), lm.response_tokens("Rex")
+    assert rows.tokens[0, : len(prompt) + len(reply)].tolist() == prompt + reply
+    assert (rows.where.tolist(), rows.targets.tolist()) == ([len(prompt) - 1 + i for i in range(len(reply))], reply)
+
+
 def test_every_adapter_matrix_moves(registry, dataset, tiny):
     fresh = tiny()
     lora.attach(fresh, lora.Shape(2, 2.0), seed=0)

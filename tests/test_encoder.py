@@ -13,6 +13,10 @@ import pytest
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.models import encoder, encoder_fetch
+from hominem_mlx.reward.features import Backbone, EncoderReader
+from hominem_mlx.reward.model import Card, RewardModel
+from hominem_mlx.schema import MANIFOLD
+from test_reward_model import OUTPUTS, random_head
 
 PACKAGED = importlib.util.find_spec(encoder.PACKAGE) is not None
 needs_encoder = [pytest.mark.encoder, pytest.mark.skipif(not PACKAGED, reason="the encoder package is not installed")]
@@ -34,11 +38,12 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "my", "dog", "died", "i", "am", "so
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A BERT of random weights under its published names."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     place = tmp_path / "bert"
     place.mkdir()
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
     tokenizer.enable_truncation(3)  # as real files do: must not be obeyed
@@ -116,17 +121,42 @@ def test_a_pair_is_cls_prompt_sep_response_sep(folder):
     passage = encoder.load_encoder(folder).pair("my dog died", "i am sorry")
     assert [WORDS[token] for token in passage.tokens] == ["[CLS]", *WORDS[4:7], "[SEP]", *WORDS[7:10], "[SEP]"]
     assert passage.types == [0] * 5 + [1] * 4
-    assert (passage.asked, passage.said, passage.cut) == ((1, 4), (5, 8), False)
+    assert (passage.asked, passage.said, passage.flags) == ((1, 4), (5, 8), ())
+
+
+UNREADABLE = ["\ufffd", "\u200b\u200d", "\x00\x07", "\ufeff", "\u0301"]
+
+
+@pytest.mark.parametrize("reply", UNREADABLE)
+def test_a_reply_of_signs_the_tokenizer_drops_is_flagged_and_read_at_its_end(folder, reply):
+    bert = encoder.load_encoder(folder)
+    passage = bert.pair("my dog", reply)
+    assert passage.flags == ("empty_response",)
+    assert [WORDS[token] for token in passage.tokens[slice(*passage.said)]] == ["[SEP]"]
+    assert passage.said[1] == len(passage.tokens)
+    assert bert.pair("my dog", f"{reply}sorry").flags == ()
+
+
+def test_a_reward_model_gives_them_the_score_of_silence_and_can_learn_from_them(folder, home):
+    backbone = Backbone(EncoderReader(encoder.load_encoder(folder), "tiny"), (0, 2), ("mean", "max", "std", "gap"))
+    card = Card(manifold=MANIFOLD, outputs=OUTPUTS, backbone="encoder", backbone_name="tiny")
+    model = RewardModel(card, random_head(2 * 4 * CONFIG["hidden_size"]), backbone)
+    said, *silent = model.score_many([("my dog died", reply) for reply in ("i am sorry", *UNREADABLE)])
+    assert said.flags == ()
+    assert said.unclipped == pytest.approx(model.score("my dog died", "i am sorry").unclipped, abs=1e-4)
+    assert silent == [model.score("my dog died", "")] * len(UNREADABLE)
+    assert silent[0].flags == ("empty_response",)
+    assert np.isfinite(backbone.read_cached([("my dog died", reply) for reply in UNREADABLE], home)).all()
 
 
 def test_what_does_not_fit_loses_the_start_of_the_prompt_first(folder):
     bert = encoder.load_encoder(folder)
     long = bert.pair("my " * 15 + "dog died", "i am sorry for you")
-    assert len(long.tokens) == 20 and long.cut
+    assert len(long.tokens) == 20 and long.flags == ("truncated",)
     assert [WORDS[t] for t in long.tokens[slice(*long.asked)]][-2:] == ["dog", "died"]
     assert [WORDS[t] for t in long.tokens[slice(*long.said)]] == WORDS[7:]
     longer = bert.pair("my dog", "sorry " * 40)
-    assert len(longer.tokens) == 20 and longer.cut and longer.said == (2, 19)
+    assert len(longer.tokens) == 20 and longer.flags == ("truncated",) and longer.said == (2, 19)
     bert.hidden_states([long, longer], [2])
 
 
@@ -241,6 +271,11 @@ class TestRealEncoder:
         states = mini.hidden_states([passage], range(7))
         for state, expected in zip(states, numpy_bert(folder, passage.tokens, passage.types), strict=True):
             np.testing.assert_allclose(np.array(state)[0], expected, atol=1e-5)
+
+    def test_signs_that_say_nothing_are_read_as_nothing(self, home):
+        mini = encoder.load_encoder(encoder.find_encoder(home), pinned=True)
+        assert [mini.pair("Hi", reply).flags for reply in UNREADABLE] == [("empty_response",)] * len(UNREADABLE)
+        assert [mini.pair("Hi", reply).flags for reply in ("🙂", "你好", "no")] == [()] * 3
 
     def test_embeddings_put_like_beside_like(self, home):
         mini = encoder.load_encoder(encoder.find_encoder(home), pinned=True)

@@ -99,6 +99,33 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
     assert json.loads(path.read_text()) == {"old": True} and sorted(os.listdir(tmp_path)) == ["a.json", "home"]
 
 
+def _write_for_ever(path):
+    while True:
+        files.write_atomic(path, b"x" * 1_000_000)
+
+
+def test_what_a_killed_write_leaves_is_found_once_its_writer_is_gone_and_it_is_old(tmp_path):
+    folder = tmp_path / "data"
+    for _ in range(20):  # until a kill lands within a write
+        process = multiprocessing.Process(target=_write_for_ever, args=(folder / "a.bin",))
+        process.start()
+        deadline = time.monotonic() + 10
+        while not (left := list(folder.glob(".a.bin.*"))) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        assert files.leftovers(tmp_path, min_age_seconds=0) == [], "its writer lives"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if left := list(folder.glob(".a.bin.*")):
+            break
+    assert left
+    assert files.leftovers(tmp_path, min_age_seconds=0) == left
+    assert files.leftovers(tmp_path, min_age_seconds=3600) == []
+    (folder / f".a.bin.{os.getpid()}-abcdefgh.tmp").touch()
+    (folder / ".a.bin.tmp").touch()  # somebody else's
+    os.utime(left[0], (0, 0))
+    assert files.leftovers(tmp_path, min_age_seconds=3600) == left
+
+
 def test_a_torn_tail_is_dropped_by_reader_and_next_writer(tmp_path):
     path = tmp_path / "log.jsonl"
     files.append_jsonl(path, [Prompt(id="a", prompt="one")])

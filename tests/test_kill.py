@@ -250,14 +250,23 @@ def test_collecting_garbage_takes_nothing_it_must_keep_whenever_it_is_killed(hom
         (home / "artifacts" / "lora" / name).mkdir()
         (home / "artifacts" / "lora" / name / "file").write_text("of a writer that is gone")
 
+    (home / "data").mkdir()
+    (home / "data" / ".rows.jsonl.999999999-abcdefgh.tmp").write_text("of a writer that is gone")
+
     def look(home):
-        return {**arrived(home), "left": sorted(path.name for path in home.glob("artifacts/*/.*"))}
+        audit = [json.loads(line) for line in (home / "audit.jsonl").read_text().splitlines()]
+        return {
+            **arrived(home),
+            "left": sorted(path.name for place in ("artifacts/*/.*", "data/.*") for path in home.glob(place)),
+            "deleted": sorted(row["ref"] for row in audit if row["action"] == "delete"),
+        }
 
     words = ("artifacts", "gc", "--all", "--yes")
     survives(crew, home, lambda home: (*words, "--home", home), KILLS["gc"], look=look)
     ended = look(home.with_name("home-1"))
     assert ended["artifacts"] == sorted((artifact.kind, artifact.hash) for artifact in kept)
     assert ended["left"] == []
+    assert len(set(ended["deleted"])) == len(ended["deleted"]) == 61, "each once, the trash of an older kill too"
 
 
 @loads("cli.demo", "data.preferences", "policy.dual", "reward.train", "evaluation.report", "evaluation.suite")

@@ -1,8 +1,10 @@
 """The registry: immutable, complete after any kill, reversible, and never collecting what is needed."""
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -97,6 +99,43 @@ def test_garbage_collection_spares_whatever_is_reachable(registry):
     assert registry.rollback("dataset").ref == replaced.ref
 
 
+def test_garbage_collection_sweeps_the_temporary_files_of_the_dead_alone(registry, home):
+    gone = multiprocessing.Process(target=int)
+    gone.start()
+    gone.join()
+    dead, alive = (home / "data" / "raw" / f".prompts.jsonl.{pid}-abcd_123.tmp" for pid in (gone.pid, os.getpid()))
+    dead.parent.mkdir(parents=True)
+    for path in (dead, alive):
+        path.touch()
+        os.utime(path, (0, 0))
+    name = dead.relative_to(home).as_posix()
+    assert registry.gc(dry_run=True) == [name] and dead.exists()
+    assert registry.gc() == [name]
+    assert not dead.exists() and alive.exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+@pytest.mark.parametrize("where", ["audit", "rmtree"])
+def test_a_collection_killed_at_any_step_is_audited_exactly_once(registry, monkeypatch, where):
+    lost = make(registry, text="lost")
+
+    def die(*args, **options):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry if where == "audit" else shutil, where, die)
+        with pytest.raises(Killed):
+            registry.gc(min_age_seconds=0)
+    assert not lost.folder.exists()
+    assert registry.gc(min_age_seconds=0) == [f"raw/.trash-{lost.version}"]
+    assert registry.gc(min_age_seconds=0) == []
+    rows = [json.loads(line) for line in (registry.home / "audit.jsonl").read_text().splitlines()]
+    assert [(row["action"], row["ref"]) for row in rows] == [("publish", lost.ref), ("delete", lost.ref)]
+
+
 def test_verify_finds_every_kind_of_damage(registry):
     a, b, c = make(registry, text="a"), make(registry, text="b"), make(registry, text="c")
     child = make(registry, "dataset", parents=[c])
@@ -105,8 +144,6 @@ def test_verify_finds_every_kind_of_damage(registry):
     (a.folder / "guest.txt").write_text("?")
     (b.folder / "file.txt").unlink()
     (b.folder / METADATA).rename(b.folder / "gone")
-    import shutil
-
     shutil.rmtree(c.folder)
     write_json(registry.root / "lora" / "current.json", {"base": "0009-00000000"})
     text = "\n".join(registry.verify())

@@ -52,10 +52,10 @@ def test_layers_are_shares_of_the_depth():
 
 
 def test_a_batch_gives_what_each_pair_gives_alone(backbone):
-    together, cut = backbone.read(PAIRS)
+    together, flags = backbone.read(PAIRS)
     alone = np.concatenate([backbone.read([pair])[0] for pair in PAIRS])
     np.testing.assert_allclose(together, alone, atol=2e-5)
-    assert together.shape == (4, 3 * 5 * 32) and cut == [False] * 4
+    assert together.shape == (4, 3 * 5 * 32) and flags == [()] * 4
 
 
 def test_layer_zero_is_the_embedding_of_the_tokens(tiny):
@@ -104,8 +104,8 @@ def test_the_adapter_comes_back_even_when_reading_fails(tiny):
 
 def test_what_exceeds_the_context_is_cut_and_said(tiny):
     backbone = Backbone(LmReader(tiny()), [2], ("mean",))  # 512 places
-    features, cut = backbone.read([("hello " * 900, "fine"), ("hello", "fine " * 900), ("hello", "fine")])
-    assert cut == [True, True, False]
+    features, flags = backbone.read([("hello " * 900, "fine"), ("hello", "fine " * 900), ("hello", "fine")])
+    assert flags == [("truncated",), ("truncated",), ()]
     assert np.isfinite(features).all()
 
 

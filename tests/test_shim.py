@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,31 @@ def test_locks_hold_hashes_and_no_address():
         blocks = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)[1:]
         assert blocks and all("--hash=sha256:" in block for block in blocks), lock.name
     assert not (ROOT / "uv.lock").exists()
+
+
+def project_files():
+    """Every file of the project but those that .gitignore leaves out: a plain folder is no clone to ask."""
+    lines = (ROOT / ".gitignore").read_text().splitlines()
+    patterns = [line.rstrip("/") for line in lines if line and not line.startswith("#")]
+
+    def is_ours(path):
+        place = f"/{path.relative_to(ROOT).as_posix()}"
+        return not any(fnmatch(place if "/" in pattern else path.name, pattern) for pattern in patterns)
+
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name != ".git" and is_ours(Path(folder, name))]
+        yield from filter(is_ours, (Path(folder, name) for name in names))
+
+
+def test_no_file_says_where_packages_come_from_or_where_it_was_made():
+    """Locks and settings name packages and hashes; the index is whatever the machine they are installed on uses."""
+    told = re.compile(
+        "|".join(["-".join(["index", "url"]), "find" + "-links", "trusted" + "-host", "/simple" + "/"])
+        + rf"|(?<![\w.~/-]){re.escape(str(ROOT))}/"
+    )
+    files = [path for path in project_files() if path.suffix != ".safetensors"]
+    assert {ROOT / name for name in ("README.md", ".ci/run", "requirements.lock", "tests/test_shim.py")} <= set(files)
+    assert [str(path) for path in files if told.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_test_lock_agrees_with_the_lock_of_users():

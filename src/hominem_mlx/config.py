@@ -6,15 +6,16 @@ key is an error that names the nearest known one. The resolved values go into ev
 
 import difflib
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hominem_mlx.errors import ConfigError, InputError
-from hominem_mlx.files import explain, read_text
+from hominem_mlx.files import explain, read_text, shown
 from hominem_mlx.schema import Signed
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -253,8 +254,8 @@ def load_config(
     problems: list[str] = []
     for path in [*sources, *([Path(file)] if file is not None else [])]:
         values = read_toml(path)
-        problems += [f"{path}: {reason}" for reason in _unknown_keys(values)]
-        problems += [f"{path}: {reason}" for reason in _wrong_values(values)]
+        found = sorted((_line_of(keys, path), reason) for keys, reason in _mistakes(values))
+        problems += [f"{path}:{line}: {reason}" for line, reason in found]
         _merge(tables, values)
     for text in overrides:
         try:
@@ -262,7 +263,7 @@ def load_config(
         except ConfigError as error:
             problems += error.problems
             continue
-        problems += [f"{text}: {reason}" for reason in (*_unknown_keys(values), *_wrong_values(values))]
+        problems += [f"{text}: {reason}" for _, reason in _mistakes(values)]
         _merge(tables, values)
     if problems:
         raise ConfigError(problems)
@@ -304,37 +305,58 @@ def _merge(into: dict, values: dict) -> None:
             into[key] = dict(value) if isinstance(value, dict) else value
 
 
-def _unknown_keys(values: dict) -> Iterable[str]:
-    known = {
-        f"{table}.{key}": None
+Keys = tuple[str | int, ...]  # the way to a value: ("dual", "rank")
+
+
+def _mistakes(values: dict) -> Iterator[tuple[Keys, str]]:
+    """Where each unknown key and wrong value stands, and what is wrong with it."""
+    known = [
+        f"{table}.{key}"
         for table, field in Config.model_fields.items()
         for key in field.annotation.model_fields  # type: ignore[union-attr]
-    }
+    ]
+    clean: dict[str, dict] = {}
     for table, section in values.items():
         if table not in Config.model_fields:
-            yield f"unknown table or key {table!r}{_nearest(table, [*Config.model_fields, *known])}"
+            said = table if isinstance(section, dict) else f"{table} = {_shown(table, section)}"
+            yield (table,), f"unknown table or key {said}{_nearest(table, [*Config.model_fields, *known])}"
         elif not isinstance(section, dict):
-            yield f"{table} is a table; write {table}.KEY"
+            yield (table,), f"{table} = {shown(section)}: it is a table; write {table}.KEY"
         else:
-            yield from (
-                f"unknown key {table}.{key}{_nearest(f'{table}.{key}', known)}"
-                for key in section
-                if f"{table}.{key}" not in known
-            )
-
-
-def _wrong_values(values: dict) -> list[str]:
-    fields = Config.model_fields
-    clean = {
-        table: {key: value for key, value in section.items() if key in fields[table].annotation.model_fields}  # type: ignore[union-attr]
-        for table, section in values.items()
-        if table in fields and isinstance(section, dict)
-    }
+            clean[table] = {key: value for key, value in section.items() if f"{table}.{key}" in known}
+            for key, value in section.items():
+                name = f"{table}.{key}"
+                if name not in known:
+                    yield (table, key), f"unknown key {name} = {_shown(key, value)}{_nearest(name, known)}"
     try:
         Config.model_validate(clean)
     except ValidationError as error:
-        return explain(error)
-    return []
+        yield from ((item["loc"][:2], reason) for item, reason in zip(error.errors(), explain(error), strict=True))
+
+
+def _shown(key: str, value: object) -> str:
+    """A value of a key we do not know, unless it looks like a secret that was put into the wrong file."""
+    is_secret = isinstance(value, str) and re.search("key|token|secret|password", key, re.IGNORECASE)
+    return "'...'" if is_secret else shown(value)
+
+
+def _line_of(keys: Keys, path: Path) -> int:
+    """The line on which a value begins: the first one without which the file, cut there, would lack it."""
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    whole = 0  # lines that are TOML by themselves
+    for count in range(1, len(lines) + 1):
+        try:
+            value: Any = tomllib.loads("\n".join(lines[:count]))
+        except tomllib.TOMLDecodeError:
+            continue  # within a value of several lines
+        for key in keys:
+            if not isinstance(value, dict) or key not in value:
+                break
+            value = value[key]
+        else:
+            return whole + 1
+        whole = count
+    return len(lines)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

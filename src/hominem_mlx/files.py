@@ -9,8 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +23,7 @@ from hominem_mlx.errors import BusyError, InputError
 
 Record = TypeVar("Record", bound=BaseModel)
 MAX_LINE_BYTES = 1 << 20  # a longer JSONL line is a wrong file, not a row
+TEMPORARY = re.compile(r"\..+\.(\d{1,9})-\w+\.tmp")  # what `write_atomic` writes to, with its process
 
 
 # --- hashes ---------------------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     """Replace `path` with `data` in one step."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -79,6 +82,32 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             os.unlink(name)
         raise
     sync_folder(path.parent)
+
+
+def leftovers(folder: Path, *, min_age_seconds: float) -> list[Path]:
+    """Temporary files below `folder` that a killed `write_atomic` left: old enough, and their writer is gone."""
+    found = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            match = TEMPORARY.fullmatch(name)
+            if match is None or is_alive(int(match[1])):
+                continue
+            path = Path(place) / name
+            with contextlib.suppress(FileNotFoundError):  # renamed since it was listed, by a writer that ended well
+                if time.time() - path.stat().st_mtime >= min_age_seconds:
+                    found.append(path)
+    return sorted(found)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this number runs on this machine, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_json(path: Path, value) -> None:
@@ -233,10 +262,14 @@ def explain(error: ValidationError) -> list[str]:
         if item["type"] == "missing":
             reasons.append(f"{place} is missing")
             continue
-        value = repr(item.get("input"))
-        shown = value if len(value) <= 60 else value[:57] + "..."
-        reasons.append(f"{place} = {shown}: {message[:1].lower()}{message[1:]}")
+        reasons.append(f"{place} = {shown(item.get('input'))}: {message[:1].lower()}{message[1:]}")
     return reasons
+
+
+def shown(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # --- locks ----------------------------------------------------------------------------------------------------------

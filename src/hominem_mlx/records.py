@@ -147,12 +147,24 @@ class Preference(Record):
     rejected_safety_score: Signed = 1.0
 
 
+class Turn(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    role: Literal["user", "assistant"]
+    content: Text
+
+
 class SftPair(Record):
-    """Something to remember: a question or instruction and the reply that should come."""
+    """Something to remember: a question or instruction and the reply that should come.
+
+    `history` holds the turns before the instruction, where there were any: read by the model, not learnt from here.
+    """
 
     id: Id = ""
     instruction: Text
     response: Text
+    history: list[Turn] | None = None
     source: str = "human"
     conversation_id: str | None = None
     message_id: str | None = None
@@ -161,6 +173,15 @@ class SftPair(Record):
     created_at: str | None = None
     safety_score: Signed = 1.0
     metadata: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _history_leads_to_the_instruction(self):
+        turns = self.history or []
+        if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(
+                "history must go user, assistant, user, assistant: the instruction is the user's next turn"
+            )
+        return self
 
 
 class RecallQuestion(Record):

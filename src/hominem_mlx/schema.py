@@ -15,6 +15,7 @@ from hominem_mlx.files import sha256_json
 
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Signed = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+EMPTY, TRUNCATED = "empty_response", "truncated"  # the flags of a `RewardOutput`
 
 
 class Dimension(BaseModel):

@@ -107,11 +107,14 @@ def verify(session: Session) -> None:
 def gc(session: Session, dry_run: bool, everything: bool, yes: bool) -> None:
     """Delete what nothing needs: neither in use, nor tagged, nor needed for a rollback, nor a parent of such.
 
+    Drafts and temporary files of killed runs go too.
+
     With --all make sure that no other run is at work: its fresh artifacts have no one to name them yet.
     """
     age = 0.0 if everything else DAY_SECONDS
     gone = session.registry.gc(min_age_seconds=age, dry_run=True)
-    deleted = bool(gone) and not dry_run and session.ask(f"Delete {len(gone)} artifacts for good?", yes=yes)
+    question = f"Delete {len(gone)} artifacts and leftovers of killed runs for good?"
+    deleted = bool(gone) and not dry_run and session.ask(question, yes=yes)
     if deleted:
         gone = session.registry.gc(min_age_seconds=age)
     session.console.result({"deleted": deleted, "artifacts": gone})

@@ -9,6 +9,7 @@ from hominem_mlx.cli.session import InOrder, Session, shares
 
 if TYPE_CHECKING:
     from hominem_mlx.data.teacher import Cost
+    from hominem_mlx.schema import Teacher
 
 KINDS = ("prompts", "trajectories", "labels", "preferences", "memory", "recall", "fixtures")
 NO_LABELS = "there are no labels in the home yet: `hominem data import --starter`, or `hominem data rate`"
@@ -42,13 +43,15 @@ def generate(session: Session) -> None:
 
 
 @data.command()
+@click.option("--starter", is_flag=True, help="Also for the bundled prompts that are in the home.")
 @YES
 @MAX_COST
 @shares()
-def sample(session: Session, yes: bool, max_cost: float | None) -> None:
+def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -> None:
     """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
 
-    data.candidates for each prompt, data.student_candidates of them by the student. What is there already stays.
+    For your own prompts, imported or generated: data.candidates each, data.student_candidates of them by the student.
+    What is there already stays.
     """
     from hominem_mlx.data import sampler
     from hominem_mlx.data.teacher import open_teacher
@@ -56,9 +59,10 @@ def sample(session: Session, yes: bool, max_cost: float | None) -> None:
     _limit(session, max_cost)
     teacher = open_teacher(session.config, session.home)
     student = session.generator if session.config.data.student_candidates else None
-    _agree(session, sampler.cost(session.home, session.config, teacher, student=student), "prompts", yes)
+    cost = sampler.cost(session.home, session.config, teacher, student=student, starter=starter)
+    _agree(session, teacher, cost, "prompts", yes)
     with session.console.progress() as report:
-        done = sampler.sample(session.home, session.config, teacher, student=student, progress=report)
+        done = sampler.sample(session.home, session.config, teacher, student=student, starter=starter, progress=report)
     session.console.result(done.model_dump(mode="json"))
     session.console.say(
         f"{done.teacher} replies by {teacher.name}, {done.student} by the student, {done.kept} were there already."
@@ -82,7 +86,7 @@ def rate(session: Session, yes: bool, max_cost: float | None) -> None:
 
     _limit(session, max_cost)
     teacher = open_teacher(session.config, session.home)
-    _agree(session, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
+    _agree(session, teacher, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
     with session.console.progress() as report:
         done = rater.rate(session.home, session.config, teacher, progress=report)
     session.console.result(done.model_dump(mode="json"))
@@ -245,20 +249,21 @@ def _limit(session: Session, max_cost: float | None) -> None:
         session.override(f"teacher.max_cost_usd={max_cost}")
 
 
-def _agree(session: Session, cost: "Cost", what: str, yes: bool) -> None:
-    """Say what a teacher behind HTTP will be sent and what it may cost; ask before anything leaves this machine."""
+def _agree(session: Session, teacher: "Teacher", cost: "Cost", what: str, yes: bool) -> None:
+    """Refuse what is too dear; else say what a teacher behind HTTP will be sent, and ask before anything leaves."""
     from urllib.parse import urlsplit
 
-    from hominem_mlx.data.teacher import CLOUD
+    from hominem_mlx.data.teacher import CLOUD, refuse_if_dear
 
-    teacher = session.config.teacher
-    if teacher.kind != "anthropic" or not cost.requests:
+    settings = session.config.teacher
+    if settings.kind != "anthropic" or not cost.requests:
         return
-    host = urlsplit(teacher.base_url or CLOUD).hostname
+    refuse_if_dear(teacher, cost)
+    host = urlsplit(settings.base_url or CLOUD).hostname
     unknown = "price not known: set teacher.usd_per_million_input and _output"
     price = unknown if cost.usd is None else f"at most {cost.usd:.2f} USD"
     session.console.note(
-        f"{cost.requests} requests to {teacher.model} at {host} ({cost.stored} more are answered already): "
+        f"{cost.requests} requests to {settings.model} at {host} ({cost.stored} more are answered already): "
         f"{cost.input_tokens:,} tokens in, at most {cost.output_tokens:,} out, {price}."
     )
     if host in LOCAL:

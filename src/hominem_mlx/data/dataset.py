@@ -91,19 +91,20 @@ def _read_any(path: Path, kind: str | None, labeller: str | None) -> list[tuple[
             )
             continue
         try:
-            row = formats.to_record(value, name, labeller=labeller)
+            records = formats.to_records(value, name, labeller=labeller)
         except ValidationError as error:
             problems += [f"{where}: {reason}" for reason in explain(error)]
             continue
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
-        key = (type(row), row.id)  # type: ignore[attr-defined]
-        if key in seen and "id" in value:  # rows without an id have that of their content: equal rows count once
-            problems.append(f"{where}: id = {key[1]!r} is already used in {seen[key]}; give it another")
-            continue
-        seen[key] = f"line {where.rpartition(':')[2]}"
-        rows.append((where, row))
+        for row in records:
+            key = (type(row), row.id)  # type: ignore[attr-defined]
+            if key in seen and "id" in value:  # rows without an id have that of their content: equal rows count once
+                problems.append(f"{where}: id = {key[1]!r} is already used in {seen[key]}; give it another")
+                continue
+            seen[key] = f"line {where.rpartition(':')[2]}"
+            rows.append((where, row))
     if problems:
         raise InputError(sorted(problems, key=_line_number))
     if not rows:

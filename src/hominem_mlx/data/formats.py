@@ -1,7 +1,7 @@
 """Rows as people and neighbouring tools write them, read as our records. One row at a time, by its keys.
 
-Known: our own rows; {prompt, completion} and {messages} of mlx-lm; {prompt, chosen, rejected} of TRL and mlx-lm-lora,
-as strings or as single messages.
+Known: our own rows; {prompt, completion} and {messages} of mlx-lm, a pair for each of its replies; {prompt, chosen,
+rejected} of TRL and mlx-lm-lora, as strings or as single messages.
 """
 
 from typing import Any
@@ -19,6 +19,10 @@ KINDS: dict[str, type[Record]] = {
     "fixtures": Fixture,
 }
 FIXTURE_KEYS = {"must_contain", "must_not_contain", "better", "worse"}
+ONE_EXCHANGE = (
+    "preferences are judged and learnt as one user message and two replies to it: keep the last user message alone, if "
+    "it can be understood so, or leave the row out"
+)
 
 
 def kind_of(row: dict[str, Any]) -> str | None:
@@ -41,8 +45,8 @@ def kind_of(row: dict[str, Any]) -> str | None:
     return None
 
 
-def to_record(row: dict[str, Any], kind: str, *, labeller: str | None = None) -> Record:
-    """One row as a record with an id.
+def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -> list[Record]:
+    """One row as records with ids: one, or of a conversation one for each reply.
 
     Args:
         row: the JSON object. Keys whose value is null count as not there.
@@ -53,8 +57,8 @@ def to_record(row: dict[str, Any], kind: str, *, labeller: str | None = None) ->
     """
     row = {name: value for name, value in row.items() if value is not None}
     if kind == "memory":
-        row = _memory(row)
-    elif kind == "preferences":
+        return [homes.identified(SftPair.model_validate(pair)) for pair in _memories(row)]
+    if kind == "preferences":
         row = _preference(row)
     elif kind in ("labels", "trajectories") and isinstance(row.get("prompt"), str):
         row.setdefault("prompt_id", homes.prompt_id(row["prompt"]))
@@ -65,34 +69,45 @@ def to_record(row: dict[str, Any], kind: str, *, labeller: str | None = None) ->
         row.setdefault("id", f"q-{homes.prompt_id(row['question'])}")
     if kind == "labels" and labeller:
         row.setdefault("labeller", labeller)
-    return homes.identified(KINDS[kind].model_validate(row))
+    return [homes.identified(KINDS[kind].model_validate(row))]
 
 
 def _derived(kind: str, row: dict[str, Any]) -> str:
     return f"{kind[:-1]}-{homes.prompt_id(row['prompt'] + chr(31) + str(row.get('response')))}"
 
 
-def _memory(row: dict[str, Any]) -> dict[str, Any]:
+def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The pairs of a row. Every reply of a conversation is one, with all that was said before it as its history."""
     if "messages" in row:
-        instruction, response = _exchange(row["messages"])
-        return {**row, "instruction": instruction, "response": response}
+        turns = _turns(row["messages"], "messages")
+        if not turns or [turn.get("role") for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
+            raise ValueError(
+                f"messages holds the roles {_roles(turns)}; a conversation begins with user, goes on in turns and ends "
+                "with assistant: join messages of one speaker, leave out other roles and what was not answered"
+            )
+        pairs = []
+        for end in range(1, len(turns), 2):
+            pair = {**row, "instruction": turns[end - 1].get("content"), "response": turns[end].get("content")}
+            if end > 1:
+                pair["history"] = turns[: end - 1]
+            if "id" in row and len(turns) > 2:
+                pair["id"] = f"{row['id']}-{(end + 1) // 2}"
+            pairs.append(pair)
+        return pairs
     if "completion" in row and "instruction" not in row:
-        return {**row, "instruction": row.get("prompt"), "response": row["completion"]}
-    return row
+        return [{**row, "instruction": row.get("prompt"), "response": row["completion"]}]
+    return [row]
 
 
-def _exchange(messages: object) -> tuple[str, str]:
-    """The two sides of a conversation of one exchange."""
+def _turns(messages: object, name: str) -> list[dict[str, Any]]:
+    """The messages but the system's, which is that of the settings here."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError("messages must be a list of {role, content}")
-    turns = [message for message in messages if message.get("role") != "system"]
-    if [message.get("role") for message in turns] != ["user", "assistant"]:
-        roles = ", ".join(str(message.get("role")) for message in messages) or "none"
-        raise ValueError(
-            f"messages holds the roles {roles}; memory pairs are one user message and one assistant message: split "
-            "longer conversations into such pairs"
-        )
-    return turns[0].get("content"), turns[1].get("content")
+        raise ValueError(f"{name} must be a list of {{role, content}}")
+    return [message for message in messages if message.get("role") != "system"]
+
+
+def _roles(turns: list[dict[str, Any]]) -> str:
+    return ", ".join(str(turn.get("role")) for turn in turns) or "none"
 
 
 def _preference(row: dict[str, Any]) -> dict[str, Any]:
@@ -101,16 +116,20 @@ def _preference(row: dict[str, Any]) -> dict[str, Any]:
     prompts = {}
     for name, value in sides.items():
         if isinstance(value, list):
-            turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") != "system"]
-            if "prompt" in row and [turn.get("role") for turn in turns] == ["assistant"]:
-                sides[name] = turns[0].get("content")
+            turns = _turns(value, name)
+            said = [turn.get("content") for turn in turns]
+            roles = [turn.get("role") for turn in turns]
+            if roles == ["user", "assistant"]:
+                prompts[name], sides[name] = said
+            elif roles == ["assistant"] and "prompt" in row:
+                sides[name] = said[0]
             else:
-                prompts[name], sides[name] = _exchange(value)
+                raise ValueError(f"{name} holds the roles {_roles(turns)}; {ONE_EXCHANGE}")
     prompt = row.get("prompt")
     if isinstance(prompt, list):
-        turns = [turn for turn in prompt if isinstance(turn, dict) and turn.get("role") != "system"]
+        turns = _turns(prompt, "prompt")
         if [turn.get("role") for turn in turns] != ["user"]:
-            raise ValueError("prompt must be a text or one user message; longer conversations are not learnt from yet")
+            raise ValueError(f"prompt holds the roles {_roles(turns)}; {ONE_EXCHANGE}")
         prompt = turns[0].get("content")
     if prompt is None and prompts:
         if len(set(map(str, prompts.values()))) > 1:

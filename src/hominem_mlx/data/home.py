@@ -85,8 +85,13 @@ def prompt_id(prompt: str) -> str:
 def content_id(row: Record) -> str:
     """An id from the texts a row consists of."""
     names = ("prompt", "response", "instruction", "chosen", "rejected", "question", "fact_id")
-    texts = [str(getattr(row, name)) for name in names if hasattr(row, name)]
+    texts = [str(getattr(row, name)) for name in names if hasattr(row, name)] + _earlier(row)
     return f"{type(row).__name__.lower()}-{sha256_json(texts)[:12]}"
+
+
+def _earlier(row: Record) -> list[str]:
+    """What was said before, in order."""
+    return [turn.content for turn in getattr(row, "history", None) or []]
 
 
 def place(row: Record) -> tuple[str, ...]:
@@ -96,7 +101,7 @@ def place(row: Record) -> tuple[str, ...]:
     if isinstance(row, Preference):
         return (row.prompt, *sorted((row.chosen, row.rejected)))
     if isinstance(row, SftPair):
-        return (row.instruction, row.response)
+        return (row.instruction, row.response, *_earlier(row))
     if isinstance(row, Prompt):
         return (row.prompt,)
     return (row.id,)  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ def generate(home: Path, config: Config, *, material: Material | None = None) ->
         return new
 
 
-SOURCE = "generated"
+SOURCE, STARTER_SOURCE = "generated", "starter"
 
 
 def starter_texts() -> list[str]:

@@ -15,7 +15,7 @@ from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import AnswerStore, Progress, ask_all
-from hominem_mlx.data.prompts import Material, Persona
+from hominem_mlx.data.prompts import STARTER_SOURCE, Material, Persona
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
@@ -40,9 +40,15 @@ class Sampled(BaseModel):
 
 
 def sample(
-    home: Path, config: Config, teacher: Teacher, *, student: Generator | None = None, progress: Progress | None = None
+    home: Path,
+    config: Config,
+    teacher: Teacher,
+    *,
+    student: Generator | None = None,
+    starter: bool = False,
+    progress: Progress | None = None,
 ) -> Sampled:
-    """Bring every prompt of the home to `data.candidates` candidates; those that are there stay.
+    """Bring the person's own prompts to `data.candidates` candidates; those that are there stay.
 
     Args:
         home: prompts are read from it, trajectories added to it when all are done. Answers are stored as they come, so
@@ -50,12 +56,13 @@ def sample(
         config: `data` and `teacher` tables; `student.system` goes before the student's own replies.
         teacher: asked for all candidates but the student's.
         student: answers `data.student_candidates` of them; None leaves all to the teacher.
+        starter: whether the prompts of the starter corpus get candidates too.
         progress: called as answers come.
 
     Raises: TeacherError when the teacher cannot be used, or would cost more than allowed.
     """
     with homes.holding(home, "sampling candidates"):
-        slots, old = _open_slots(home, config, teacher, student)
+        slots, old = _open_slots(home, config, teacher, student, starter)
         asked = [slot for slot in slots if slot.labeller != STUDENT]
         refuse_if_dear(teacher, estimate(teacher, map(_question, asked)))
         jobs = [functools.partial(_ask, teacher, slot) for slot in asked]
@@ -85,20 +92,25 @@ def sample(
         return done
 
 
-def cost(home: Path, config: Config, teacher: Teacher, *, student: Generator | None = None) -> Cost:
+def cost(
+    home: Path, config: Config, teacher: Teacher, *, student: Generator | None = None, starter: bool = False
+) -> Cost:
     """What `sample` would ask of the teacher, before anything is sent."""
-    slots, _ = _open_slots(home, config, teacher, student)
+    slots, _ = _open_slots(home, config, teacher, student, starter)
     return estimate(teacher, [_question(slot) for slot in slots if slot.labeller != STUDENT])
 
 
 def _open_slots(
-    home: Path, config: Config, teacher: Teacher, student: Generator | None
+    home: Path, config: Config, teacher: Teacher, student: Generator | None, starter: bool
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Candidates still to be had, as trajectories without a reply of their own, and those there are."""
-    prompts = homes.read(home, Prompt)
+    known = homes.read(home, Prompt)
+    prompts = [prompt for prompt in known if starter or prompt.source != STARTER_SOURCE]
     if not prompts:
+        more = f", or add --starter for the {len(known)} bundled ones" if known else ""
         raise InputError(
-            "the home has no prompts: run `hominem data generate`, import a file of them, or import the starter corpus"
+            f"{Path(home) / homes.FILES[Prompt]}: there is no prompt of your own; `hominem data generate` makes some, "
+            f"`hominem data import FILE` brings yours{more}"
         )
     old = homes.read(home, Trajectory)
     have = {(row.prompt_id, row.candidate_index) for row in old}

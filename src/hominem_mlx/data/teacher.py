@@ -87,7 +87,8 @@ def refuse_if_dear(teacher: Teacher, cost: Cost) -> None:
     if cost.usd > limit:
         raise TeacherError(
             f"{cost.requests} requests would cost up to {cost.usd:.2f} USD ({cost.input_tokens:,} tokens in, at most "
-            f"{cost.output_tokens:,} out), more than teacher.max_cost_usd = {limit:g}; nothing was sent"
+            f"{cost.output_tokens:,} out), more than teacher.max_cost_usd = {limit:g}; nothing was sent: raise the "
+            "limit (--max-cost), ask for less, or choose a cheaper teacher.model"
         )
 
 

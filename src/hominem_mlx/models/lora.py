@@ -1,7 +1,7 @@
 """LoRA adapters on a frozen base, in mlx-lm's file format, so that `mlx_lm.load(..., adapter_path=)` reads ours."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,9 +82,9 @@ def detach(lm: "LanguageModel") -> None:
 
 
 @contextlib.contextmanager
-def without_adapter(lm: "LanguageModel") -> Iterator[None]:
-    """The bare base inside the block; afterwards the very same adapter layers are back in their places."""
-    layers = _layers(lm)
+def without_adapter(lm: "LanguageModel", where: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+    """The bare base inside the block (bare where the layer's name says so); afterwards the same adapter is back."""
+    layers = [(name, layer) for name, layer in _layers(lm) if where(name)]
     lm.model.update_modules(tree_unflatten([(name, _base(layer)) for name, layer in layers]))
     try:
         yield

@@ -10,6 +10,7 @@ reference: its log-probabilities are computed once, before the adapter is attach
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import lock, read_jsonl, sha256_json
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.records import Preference, SftPair, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
@@ -153,9 +154,12 @@ class Material:
             Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss, memory),
             Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss, preference),
         ]
-        if anchors and kept:
-            batches = self._anchor_batches(anchors)
-            channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory))
+        if settings.anchor_weight and weights[0]:
+            said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
+            said |= {(anchor.instruction, anchor.response) for anchor in anchors}
+            if said:
+                batches, loss = self._anchor_batches(sorted(said)), partial(self._anchor_loss, moved=memory)
+                channels.append(Channel("anchor", settings.anchor_weight, batches, loss, memory))
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -196,8 +200,10 @@ class Material:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def _row(self, prompt: str, response: str) -> Row:
-        row = Row(self.lm.prompt_tokens(prompt, system=self.system), self.lm.response_tokens(response))
+    def _row(self, prompt: str, response: str, history: Sequence[Turn] | None = None) -> Row:
+        before = [turn.model_dump() for turn in history or ()]
+        tokens = self.lm.prompt_tokens(prompt, system=self.system, history=before)
+        row = Row(tokens, self.lm.response_tokens(response))
         row, lost = fit(row, self.settings.max_tokens)
         if lost:
             self.counts["cut_responses"] = self.counts.get("cut_responses", 0) + 1
@@ -236,7 +242,7 @@ class Material:
         return batch_at
 
     def _memory_batches(self, memories: list[SftPair]) -> Callable[[int], MemoryBatch]:
-        rows = [self._row(memory.instruction, memory.response) for memory in memories]
+        rows = [self._row(memory.instruction, memory.response, memory.history) for memory in memories]
         weight = np.array([memory.confidence * self._gate(memory.safety_score) for memory in memories], np.float32)
         order = Order(len(rows), self.settings.batch_memories, self.settings.seed + 1)
 
@@ -246,8 +252,8 @@ class Material:
 
         return batch_at
 
-    def _anchor_batches(self, anchors: Sequence[SftPair]) -> Callable[[int], AnchorBatch]:
-        rows = [self._row(anchor.instruction, anchor.response) for anchor in anchors]
+    def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
+        rows = [self._row(prompt, reply) for prompt, reply in said]
         order = Order(len(rows), self.settings.batch_memories, self.settings.seed + 2)
 
         def batch_at(step: int) -> AnchorBatch:
@@ -266,15 +272,14 @@ class Material:
         per_reply = -self.logprobs(batch.rows) * batch.weight
         return per_reply.sum() / batch.rows.lengths.sum(), {}
 
-    def _anchor_loss(self, batch: AnchorBatch) -> tuple[mx.array, dict[str, mx.array]]:
-        """KL(base || policy) in nats a token, over the whole vocabulary: 0 and without gradient where nothing moved."""
-        policy, base = (
-            logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            for logits in (
-                self.logprobs.logits(batch.rows),
-                batch.base,
-            )
-        )
+    def _anchor_loss(self, batch: AnchorBatch, moved: Callable[[str], bool]) -> tuple[mx.array, dict[str, mx.array]]:
+        """KL(base || policy) in nats a token, over the whole vocabulary: 0 and without gradient where nothing moved.
+
+        The policy wears only what memories have `moved`: they must not undo what preferences taught elsewhere.
+        """
+        with lora.without_adapter(self.lm, lambda name: not moved(name)):
+            logits = self.logprobs.logits(batch.rows)
+        policy, base = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (logits, batch.base))
         return (mx.exp(base) * (base - policy)).sum(axis=-1).mean(), {}
 
     def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:

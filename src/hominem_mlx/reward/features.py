@@ -18,6 +18,7 @@ from hominem_mlx.files import sha256_json, write_atomic
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import Encoder, Passage
+from hominem_mlx.schema import TRUNCATED
 from hominem_mlx.training.rows import Row, fit
 
 Pair = tuple[str, str]
@@ -94,9 +95,9 @@ class LmReader:
         whole = Row(self.lm.prompt_tokens(prompt), self.lm.response_tokens(response))
         row, _ = fit(whole, self.max_tokens)
         tokens = row.prompt + row.response
-        cut = row.num_tokens < whole.num_tokens
+        flags = (TRUNCATED,) * (row.num_tokens < whole.num_tokens)
         asked = len(row.prompt)
-        return Passage(tokens, [0] * len(tokens), (0, asked), (asked, len(tokens)), cut)
+        return Passage(tokens, [0] * len(tokens), (0, asked), (asked, len(tokens)), flags)
 
     def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
@@ -147,8 +148,8 @@ class Backbone:
         if wrong:
             raise ModelError(f"{reader.name} has {reader.num_layers} layers; {wrong} cannot be read")
 
-    def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[bool]]:
-        """Features `[N, F]` float32 and whether a text had to be cut: in batches, sorted by length, nothing kept."""
+    def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """Features `[N, F]` float32 and the flags of each pair: in batches, sorted by length, nothing kept."""
         passages = [self.reader.passage(*pair) for pair in pairs]
         order = sorted(range(len(passages)), key=lambda index: len(passages[index].tokens))
         parts: list[np.ndarray] = []
@@ -156,7 +157,7 @@ class Backbone:
             parts.append(self._pooled([passages[index] for index in order[first : first + SCORE_BATCH]]))
         features = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
         back = np.argsort(order, kind="stable")
-        return features[back], [passage.cut for passage in passages]
+        return features[back], [passage.flags for passage in passages]
 
     def read_cached(self, pairs: Sequence[Pair], home: Path, progress: Progress | None = None) -> np.ndarray:
         """Features `[N, F]` float32 of a data set, from `home/cache/features` where they are there.

@@ -19,7 +19,7 @@ from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
 from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
-from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput
+from hominem_mlx.schema import EMPTY, MANIFOLD, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
@@ -65,17 +65,17 @@ class RewardModel:
     def score_many(self, pairs: Sequence[Pair]) -> list[RewardOutput]:
         """Judge `(prompt, response)` pairs, in order.
 
-        A reply that says nothing has no features. It gets one standard deviation below the mean of the labels, with
-        that deviation as its uncertainty and the flag `empty_response`, so that silence never pays.
+        A reply that says nothing, or nothing that the backbone can read, gets one standard deviation below the mean of
+        the labels, with that deviation as its uncertainty and the flag `empty_response`, so that silence never pays.
         """
         said = [index for index, (_, response) in enumerate(pairs) if response.strip()]
         outputs = [self._empty] * len(pairs)
         if said:
-            features, cut = self.features.read([pairs[index] for index in said])
+            features, flags = self.features.read([pairs[index] for index in said])
             values, members = self.predict(features)
             for place, index in enumerate(said):
-                flags = ("truncated",) if cut[place] else ()
-                outputs[index] = self._output(values[place], self._spread(members[:, place]), flags)
+                if EMPTY not in flags[place]:
+                    outputs[index] = self._output(values[place], self._spread(members[:, place]), flags[place])
         return outputs
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +157,7 @@ class RewardModel:
         mean, scale = np.array(self.head.label_mean), np.array(self.head.label_scale)
         spread = dict(zip(self.card.outputs, map(float, scale), strict=True))
         spread["scalar"] = float(scale[: len(self.manifold.names)].mean())
-        return self._output(mean - scale, spread, ("empty_response",))
+        return self._output(mean - scale, spread, (EMPTY,))
 
     # --- on disk ---------------------------------------------------------------------------------------------------
 

@@ -52,12 +52,12 @@ class NgramFeatures:
         seen = np.array([counts[piece] for piece in vocabulary], float)
         return cls(vocabulary, np.log((1 + len(pairs)) / (1 + seen)) + 1)
 
-    def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[bool]]:
-        """Features `[N, V]` float32; nothing is ever cut."""
+    def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """Features `[N, V]` float32; nothing is ever cut, so there are no flags."""
         features = np.zeros((len(pairs), len(self.vocabulary)), np.float32)
         for row, (_, response) in zip(features, pairs, strict=True):
             known = [(self.place[piece], count) for piece, count in _counts(response).items() if piece in self.place]
             at = np.array([place for place, _ in known], int)
             row[at] = (1 + np.log([count for _, count in known])) * self.idf[at]
             row /= np.linalg.norm(row) or 1.0
-        return features, [False] * len(pairs)
+        return features, [()] * len(pairs)

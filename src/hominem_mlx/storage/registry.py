@@ -25,8 +25,11 @@ from typing import Any
 from hominem_mlx.errors import InputError, RegistryError
 from hominem_mlx.files import (
     append_jsonl,
+    is_alive,
+    leftovers,
     lock,
     read_json,
+    read_objects,
     scratch_folder,
     sha256_folder,
     sha256_json,
@@ -231,6 +234,12 @@ class Registry:
             row = {"at": _now(), "action": action, "ref": ref, **{k: v for k, v in details.items() if v}}
             append_jsonl(self.home / "audit.jsonl", [row])
 
+    def _last_audit(self, ref: str) -> str | None:
+        path = self.home / "audit.jsonl"
+        rows = read_objects(path, torn_tail=True)[0] if path.exists() else []
+        actions = [row.get("action") for _, row in rows if isinstance(row, dict) and row.get("ref") == ref]
+        return actions[-1] if actions else None
+
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
@@ -378,7 +387,8 @@ class Registry:
         """Delete what nothing needs, and the leavings of killed writers. Returns what went (or would go).
 
         Args:
-            min_age_seconds: younger artifacts stay: a run in progress may be about to name them as parents.
+            min_age_seconds: younger artifacts stay: a run in progress may be about to name them as parents. Younger
+                temporary files stay too: their writer may run where its number means nothing here.
             dry_run: only say.
         """
         gone = []
@@ -388,12 +398,19 @@ class Registry:
                 folder = self.root / kind
                 if not folder.exists():
                     continue
-                for path in sorted(folder.glob(".draft-*")) + sorted(folder.glob(".trash-*")):
+                for path in sorted(folder.glob(".draft-*")):
                     pid = path.name.split("-")[1]
-                    if path.name.startswith(".trash-") or not (pid.isdigit() and _is_alive(int(pid))):
+                    if not (pid.isdigit() and is_alive(int(pid))):
                         gone.append(f"{kind}/{path.name}")
                         if not dry_run:
                             shutil.rmtree(path, ignore_errors=True)
+                for path in sorted(folder.glob(".trash-*")):  # of a collection that was killed: it ends here
+                    gone.append(f"{kind}/{path.name}")
+                    if not dry_run:
+                        ref = f"{kind}/{path.name.removeprefix('.trash-')}"
+                        if self._last_audit(ref) != "delete":
+                            self.audit("delete", ref)
+                        shutil.rmtree(path, ignore_errors=True)
                 for version in self._versions(kind):
                     ref, path = f"{kind}/{version}", folder / version
                     if ref in kept or time.time() - path.stat().st_mtime < min_age_seconds:
@@ -402,8 +419,12 @@ class Registry:
                     if not dry_run:
                         trash = folder / f".trash-{version}"
                         os.rename(path, trash)
+                        self.audit("delete", ref)  # the trash goes last: after a kill it tells that this may be missing
                         shutil.rmtree(trash, ignore_errors=True)
-                        self.audit("delete", ref)
+            for path in leftovers(self.home, min_age_seconds=min_age_seconds):
+                gone.append(path.relative_to(self.home).as_posix())
+                if not dry_run:
+                    path.unlink(missing_ok=True)
         return gone
 
     # --- inside ----------------------------------------------------------------------------------------------------
@@ -447,16 +468,6 @@ def _package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[str]:

@@ -147,7 +147,8 @@ class DualConfig(Section):
     preference_weight: Share = 0.6
     """w_p; 0 leaves the preference channel out."""
     anchor_weight: NonNegative = 0.0
-    """Weight of KL(base || policy) on the student's own answers (made with pairs.on_policy): it holds the rest."""
+    """How strongly memories must leave the final hidden states of other replies where they are: those of the pairs, and
+    the student's own answers to their prompts (made with pairs.on_policy)."""
     beta: Positive = 0.1
     """Inverse temperature of DPO."""
     nll_weight: NonNegative = 0.2
@@ -165,7 +166,8 @@ class DualConfig(Section):
     preference_targets: Literal["linear", "head", "all"] = "linear"
     """What preferences may move. Apart from memory's, the two channels cannot disturb each other."""
     head_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """Directions of `rank` that the output layer may use; few of them weigh words and cannot learn replies by heart."""
+    """How many directions of its input the output layer may read, the strongest first; 0 leaves it free. With 1 it
+    weighs words and cannot learn replies by heart."""
     learning_rate: Positive = 1e-5
     """Peak learning rate."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -180,6 +182,8 @@ class DualConfig(Section):
     """Preference pairs a step."""
     batch_memories: Count = 8
     """Memory pairs a step."""
+    batch_anchors: Count = 8
+    """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
     eval_every: Count = 50

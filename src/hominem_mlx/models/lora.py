@@ -1,7 +1,7 @@
 """LoRA adapters on a frozen base, in mlx-lm's file format, so that `mlx_lm.load(..., adapter_path=)` reads ours."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ class Shape:
     num_layers: int = -1
 
 
-def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | None = None, head_rank: int = 0) -> None:
+def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | None = None) -> None:
     """Put a fresh adapter on every linear layer of the last `num_layers` blocks; it changes nothing yet (B = 0).
 
     Args:
@@ -40,7 +40,6 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
         shape: rank, scale, dropout, blocks.
         seed: of the random A matrices.
         keys: layer names as `targets` gives them; None is every linear layer of those blocks.
-        head_rank: how many of the `rank` directions the output layer may use; 0 is all of them.
     """
     if adapter_parameters(lm.model):
         raise ModelError(f"{lm.name} already has an adapter; detach it first")
@@ -50,12 +49,27 @@ def attach(lm: "LanguageModel", shape: Shape, *, seed: int, keys: list[str] | No
         settings["keys"] = set(keys)
     with seeded(seed):
         linear_to_lora_layers(lm.model, blocks, settings)
-        for name, layer in _layers(lm):
-            if head_rank and is_head(name):  # where A and B are both 0 neither ever gets a gradient
-                layer.lora_a = mx.where(mx.arange(shape.rank) < head_rank, layer.lora_a, 0.0)
         mx.eval(lm.model.parameters())
     lm.model.freeze()
     lm.model.unfreeze(keys=list(LEAVES), strict=False)
+
+
+def aim_head(lm: "LanguageModel", directions: mx.array) -> None:
+    """Let the output layer's fresh adapter read nothing but these directions of the final hidden state.
+
+    Args:
+        directions: float `[r, D]`, r at most the rank; what is left of the rank stays 0 for ever, since an entry whose
+            factors are both 0 never gets a gradient.
+    """
+    for name, layer in _layers(lm):
+        if is_head(name):
+            spare = layer.lora_a.shape[1] - len(directions)
+            reads = mx.concatenate([directions, mx.zeros((spare, directions.shape[1]))])
+            if "embedding" in layer:  # a tied embedding: mlx-lm's A looks words up, its B reads hidden states
+                layer.lora_a, layer.lora_b = mx.zeros_like(layer.lora_a), reads
+            else:
+                layer.lora_a, layer.lora_b = reads.T, mx.zeros_like(layer.lora_b)
+            mx.eval(layer.parameters())
 
 
 def targets(lm: "LanguageModel", *, linear: bool, head: bool) -> list[str]:
@@ -82,9 +96,9 @@ def detach(lm: "LanguageModel") -> None:
 
 
 @contextlib.contextmanager
-def without_adapter(lm: "LanguageModel", where: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
-    """The bare base inside the block (bare where the layer's name says so); afterwards the same adapter is back."""
-    layers = [(name, layer) for name, layer in _layers(lm) if where(name)]
+def without_adapter(lm: "LanguageModel") -> Iterator[None]:
+    """The bare base inside the block; afterwards the very same adapter layers are back in their places."""
+    layers = _layers(lm)
     lm.model.update_modules(tree_unflatten([(name, _base(layer)) for name, layer in layers]))
     try:
         yield

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from hominem_mlx.errors import ModelError
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.training.rows import Row, Rows, collate
 
@@ -21,13 +22,21 @@ class LogProbs:
     def logits(self, rows: Rows) -> mx.array:
         """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.targets`."""
         if self._split:
-            body, head = self._split
-            hidden = body(rows.tokens)
-            logits = head(hidden.reshape(-1, hidden.shape[-1])[rows.where])
+            logits = self._split[1](self.hidden(rows))
         else:
             logits = self.lm.model(rows.tokens)
             logits = logits.reshape(-1, logits.shape[-1])[rows.where]
         return logits.astype(mx.float32)
+
+    def hidden(self, rows: Rows) -> mx.array:
+        """What the output layer reads where a response token is predicted, `[N, D]`.
+
+        Raises: ModelError where body and output layer cannot be told apart.
+        """
+        if not self._split:
+            raise ModelError(f"{self.lm.name} does something after its output layer, so what that layer reads is unknown")
+        hidden = self._split[0](rows.tokens)
+        return hidden.reshape(-1, hidden.shape[-1])[rows.where]
 
     def per_token(self, rows: Rows) -> mx.array:
         """Log-probability of every response token, float32 `[N]`, in the order of `rows.targets`."""

@@ -1,4 +1,4 @@
-"""Grow the tiny student: a Qwen3-shaped chat model of about a million parameters, from text of ours alone.
+"""Grow the tiny student: a Qwen3-shaped chat model of about a million and a half parameters, from text of ours alone.
 
 Three steps, each a plain function: write conversations (the corpus's training part and what the seeded grammar
 grows), learn a byte-pair tokenizer from them, train the model on them. The student is no assistant. It exists so
@@ -393,7 +393,7 @@ def loss_of(model, tokens, places, words):
 
 
 def train(model, examples, epochs, tokens_per_batch, peak, seed):
-    """Muon for the matrices, AdamW for embeddings, output layer and norms; warm-up, then a cosine to a fiftieth of the peak."""
+    """Muon for the matrices, AdamW for embeddings, output layer and norms; warm-up, then a cosine to 2 % of it."""
     dice = random.Random(seed)
     steps = sum(1 for _ in range(epochs) for _ in batches(examples, tokens_per_batch, random.Random(0)))
 

@@ -128,6 +128,54 @@ def test_a_channel_of_weight_zero_is_as_if_it_had_no_rows(registry, dataset, tin
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+def test_an_anchor_keeps_memories_from_moving_other_replies(registry, dataset, tiny):
+    lm, moved = tiny(), {}
+    rows = dual.collate([dual.Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS])
+    base = np.array(dual.LogProbs(lm).hidden(rows))
+    for weight in (0, 50):
+        values = ["dual.epochs=12", "dual.preference_targets=head", f"dual.anchor_weight={weight}"]
+        artifact = train(registry, dataset(), lm, *values)
+        adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
+        moved[weight] = np.square(np.array(dual.LogProbs(adapted).hidden(rows)) - base).mean()
+    assert 0 < moved[50] < 0.5 * moved[0]
+
+
+def test_the_anchor_is_the_share_of_the_squared_state_that_moved(tiny):
+    settings = load_config(overrides=[*FAST, "dual.anchor_weight=1"]).dual
+    lm = tiny()
+    channels = {channel.name: channel for channel in dual.Material(lm, settings, None, None).channels(PAIRS, MEMORIES)}
+    batch = channels["anchor"].batch_at(0)
+    assert channels["anchor"].loss(batch)[0].item() == pytest.approx(0, abs=1e-10)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    for name, value in lora.adapter_parameters(lm.model).items():
+        if name.endswith("lora_b"):
+            lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
+    states, base = np.array(dual.LogProbs(lm).hidden(batch.rows)), np.array(batch.base)
+    expected = ((states - base) ** 2).sum() / (base**2).sum()
+    assert channels["anchor"].loss(batch)[0].item() == pytest.approx(expected, rel=1e-4) and expected > 1e-4
+
+
+@pytest.mark.parametrize("head_rank", [1, 2])
+def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset, tiny, head_rank):
+    lm = tiny()
+    aimed = ["dual.rank=4", "dual.preference_targets=head", f"dual.head_rank={head_rank}"]
+    settings = load_config(overrides=[*FAST, *aimed]).dual
+    material = dual.Material(lm, settings, None, None)
+    material.channels(PAIRS, MEMORIES)
+    directions = np.array(material.head_directions())
+    hidden = np.array(material.logprobs.hidden(dual.collate(material.pair_rows)))
+    readings = hidden @ directions.T
+    assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(dual.HEAD_GAIN, rel=1e-3)
+    _, vectors = np.linalg.eigh(hidden.T @ hidden)  # a second way to the same axes
+    for found, wanted in zip(directions, vectors.T[::-1]):
+        assert abs(found @ wanted) == pytest.approx(np.linalg.norm(found), rel=1e-3)
+    head = {
+        name: value for name, value in weights(train(registry, dataset(), lm, *aimed)).items() if lora.is_head(name)
+    }
+    ranks = [np.linalg.matrix_rank(value, tol=1e-6) for value in head.values()]
+    assert ranks == [head_rank, head_rank]
+
+
 def test_swapping_twice_gives_the_pair_back():
     one = pair(1, safety_score=-0.8, rejected_safety_score=0.7, chosen_score=0.2, rejected_score=0.1, score_margin=0.1)
     assert dual.swap(dual.swap(one)) == one

@@ -34,7 +34,9 @@ class LogProbs:
         Raises: ModelError where body and output layer cannot be told apart.
         """
         if not self._split:
-            raise ModelError(f"{self.lm.name} does something after its output layer, so what that layer reads is unknown")
+            raise ModelError(
+                f"{self.lm.name} does something after its output layer, so what that layer reads is unknown"
+            )
         hidden = self._split[0](rows.tokens)
         return hidden.reshape(-1, hidden.shape[-1])[rows.where]
 

@@ -148,12 +148,12 @@ def test_generating_and_sampling_with_the_recorded_teacher(settings, home, rows)
     sample = ("data", "sample", "data.student_candidates=0", "data.candidates=2", "--json", home / "out.json")
     refused = hominem(*sample)
     assert refused.exit_code == 2
-    assert "--starter for the 146 bundled ones" in refused.output
+    assert "--starter for the 311 bundled ones" in refused.output
     done = good(*sample, "--starter")
-    assert json.loads((home / "out.json").read_text())["teacher"] == 2 * 146
+    assert json.loads((home / "out.json").read_text())["teacher"] == 2 * 311
     assert "Next: hominem data rate" in done.output
     rated = value("data", "rate")
-    assert rated["rated"] == 2 * 146
+    assert rated["rated"] == 2 * 311
     assert value("data", "rate")["rated"] == 0
 
 
@@ -266,7 +266,7 @@ def test_the_bundled_prompts_are_sent_to_a_teacher_only_when_that_is_asked_for(s
     good("data", "sample", *CLOUD, "--yes")
     assert len(sent) == 4 * 2
     done = hominem("data", "sample", *CLOUD, "--starter", input="n\n")
-    assert f"{4 * 146} requests" in done.output
+    assert f"{4 * 311} requests" in done.output
 
 
 def test_a_server_on_this_machine_is_not_asked_about(sent):

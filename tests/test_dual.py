@@ -176,6 +176,11 @@ def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset,
     assert ranks == [head_rank, head_rank]
 
 
+def test_memories_alone_need_no_direction(registry, dataset, tiny):
+    artifact = train(registry, dataset([], valid=[]), tiny(), "dual.preference_targets=head", "dual.head_rank=1")
+    assert not any(lora.is_head(name) for name in weights(artifact))
+
+
 def test_swapping_twice_gives_the_pair_back():
     one = pair(1, safety_score=-0.8, rejected_safety_score=0.7, chosen_score=0.2, rejected_score=0.1, score_margin=0.1)
     assert dual.swap(dual.swap(one)) == one

@@ -88,7 +88,7 @@ def train(
         shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
         look_at = material.validation(validation)
         keys = material.targets(channels)
-        directions = material.head_directions() if settings.head_rank else None
+        directions = material.head_directions()
         lora.attach(lm, shape, seed=settings.seed, keys=keys)
         if directions is not None:
             lora.aim_head(lm, directions)
@@ -175,13 +175,16 @@ class Material:
         }
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
-    def head_directions(self) -> mx.array:
+    def head_directions(self) -> mx.array | None:
         """Principal directions (not centred) of what the output layer reads in replies, `[head_rank, D]` float32.
 
         The first is near the mean: an adapter that reads it weighs words, whatever was said before, and can be learnt
         from few pairs. Scaled so that a reading is `HEAD_GAIN` in the root mean square. After Paischer et al. 2024, EVA
-        (arXiv 2410.07170), who start every LoRA from its inputs' principal directions.
+        (arXiv 2410.07170), who start every LoRA from its inputs' principal directions. None where the output layer is
+        left free, or without pairs.
         """
+        if not (self.settings.head_rank and self.pair_rows):
+            return None
         rows = sorted(self.pair_rows, key=lambda row: row.num_tokens)[:: max(1, len(self.pair_rows) // 128)]
         parts = [self.logprobs.hidden(collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
         hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])

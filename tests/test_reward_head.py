@@ -44,6 +44,22 @@ def test_dual_and_primal_form_are_the_same_regression(rows, features):
         assert bias[output] == pytest.approx(intercept, abs=1e-9)
 
 
+@pytest.mark.parametrize("features", [5, 60])
+def test_left_out_errors_are_those_of_regressions_fitted_without_the_fold(features):
+    x, y, groups = problem(24, features)
+    fold = grouped_folds(groups, 4, seed=0)
+    rows = np.flatnonzero(np.arange(24) % 5 > 0)  # as when some labels are missing
+    with mx.stream(mx.cpu):
+        found = Ridge(mx.array(x).astype(mx.float64)).left_out_errors(rows, y, fold, [0.5, 20.0])
+    for number, penalty in enumerate([0.5, 20.0]):
+        expected = np.zeros(2)
+        for out in range(4):
+            inside, outside = rows[fold[rows] != out], rows[fold[rows] == out]
+            weight, bias = ridge_by_hand(x[inside], y[inside], penalty)
+            expected += np.square(x[outside] @ weight + bias - y[outside]).sum(axis=0)
+        assert found[number] == pytest.approx(expected, rel=1e-8)
+
+
 def test_numpy_rows_give_what_mlx_rows_give():
     x, y, groups = problem(15, 40)
     options = {"penalties": (0.1, 1.0), "folds": 3, "members": 2, "seed": 0, "standardise": False}

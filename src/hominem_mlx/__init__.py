@@ -7,6 +7,7 @@ OpenBLAS when it is there, because the wheel of MLX carries a BLAS some thirty t
 import ctypes
 import importlib
 import importlib.util
+import os
 import pathlib
 import sys
 import warnings
@@ -45,7 +46,7 @@ def _take_openblas() -> str | None:
     """Load OpenBLAS before MLX does its own BLAS; the first symbols found win."""
     for name in ("libopenblas.so.0", "libopenblas.so"):
         try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         if "mlx.core" in sys.modules:
@@ -53,6 +54,7 @@ def _take_openblas() -> str | None:
                 "mlx was imported before hominem_mlx, so it keeps its own slow BLAS: import hominem_mlx first",
                 stacklevel=3,
             )
+        library.openblas_set_num_threads(1)  # cores are shared out in `models/platform.py`
         return name
     return None
 
@@ -66,6 +68,7 @@ def _has_backend() -> bool:
 
 openblas: str | None = None
 if sys.platform == "linux":
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "200")  # by default MLX finishes one lane before it begins the next
     openblas = _take_openblas()
     if not _has_backend():
         raise ImportError(

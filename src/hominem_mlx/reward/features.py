@@ -3,7 +3,7 @@
 Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from hominem_mlx.files import sha256_json, write_atomic
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import Encoder, Passage
+from hominem_mlx.models.platform import lanes
 from hominem_mlx.schema import TRUNCATED
 from hominem_mlx.training.rows import Row, fit
 
@@ -105,9 +106,7 @@ class LmReader:
         for index, passage in enumerate(passages):
             tokens[index, : len(passage.tokens)] = passage.tokens
         with lora.without_adapter(self.lm):
-            states = self.lm.hidden_states(mx.array(tokens), layers)
-            mx.eval(states)  # before the adapter comes back
-        return states
+            return self.lm.hidden_states(mx.array(tokens), layers)
 
 
 def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str]) -> mx.array:
@@ -152,10 +151,11 @@ class Backbone:
         """Features `[N, F]` float32 and the flags of each pair: in batches, sorted by length, nothing kept."""
         passages = [self.reader.passage(*pair) for pair in pairs]
         order = sorted(range(len(passages)), key=lambda index: len(passages[index].tokens))
-        parts: list[np.ndarray] = []
-        for first in range(0, len(order), SCORE_BATCH):
-            parts.append(self._pooled([passages[index] for index in order[first : first + SCORE_BATCH]]))
-        features = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+        batches = [
+            [passages[index] for index in order[first : first + SCORE_BATCH]]
+            for first in range(0, len(order), SCORE_BATCH)
+        ]
+        features = np.concatenate(list(self._features(batches))) if batches else np.zeros((0, 0), np.float32)
         back = np.argsort(order, kind="stable")
         return features[back], [passage.flags for passage in passages]
 
@@ -170,23 +170,34 @@ class Backbone:
         known = _read_shards(folder, set(keys))
         missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}.items())
         for first in range(0, len(missing), SHARD):
-            fresh = {}
-            for offset, (key, pair) in enumerate(missing[first : first + SHARD]):
-                fresh[key] = self._pooled([self.reader.passage(*pair)])[0]
-                if progress and (offset % 8 == 7 or first + offset + 1 == len(missing)):
-                    progress({"stage": "features", "done": first + offset + 1, "total": len(missing)})
+            fresh, shard = {}, missing[first : first + SHARD]
+            alone = self._features([[self.reader.passage(*pair)] for _, pair in shard])
+            for offset, ((key, _), row) in enumerate(zip(shard, alone, strict=True), first + 1):
+                fresh[key] = row[0]
+                if progress and (offset % 8 == 0 or offset == len(missing)):
+                    progress({"stage": "features", "done": offset, "total": len(missing)})
             _write_shard(folder, fresh)
             known |= fresh
         return np.stack([known[key] for key in keys])
 
-    def _pooled(self, passages: Sequence[Passage]) -> np.ndarray:
+    def _features(self, batches: Sequence[Sequence[Passage]]) -> Iterator[np.ndarray]:
+        """Features of each batch; as many batches at once as the machine has lanes."""
+        for first in range(0, len(batches), len(lanes())):
+            made = []
+            for lane, passages in zip(lanes(), batches[first:]):
+                with mx.stream(lane):
+                    made.append(self._pooled(passages))
+            mx.eval(made)
+            for features in map(np.array, made):
+                if not np.isfinite(features).all():
+                    raise ModelError(f"{self.reader.name} gives hidden states that are not finite; is it damaged?")
+                yield features
+
+    def _pooled(self, passages: Sequence[Passage]) -> mx.array:
         asked = mx.array([passage.asked for passage in passages])
         said = mx.array([passage.said for passage in passages])
         states = self.reader.hidden_states(passages, self.spec.layers)
-        features = np.array(mx.concatenate([pool(h, asked, said, self.spec.poolings) for h in states], axis=1))
-        if not np.isfinite(features).all():
-            raise ModelError(f"{self.reader.name} gives hidden states that are not finite; is the model damaged?")
-        return features
+        return mx.concatenate([pool(h, asked, said, self.spec.poolings) for h in states], axis=1)
 
 
 def layer_numbers(depths: Sequence[float], num_layers: int) -> list[int]:

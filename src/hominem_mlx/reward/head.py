@@ -105,8 +105,7 @@ class Ridge:
     """Ridge regressions with a free intercept on rows of one feature matrix `[N, F]`.
 
     With fewer rows than features the dual form is solved, in `[N, N]`; otherwise the primal one, in `[F, F]`:
-    `W = Z'(ZZ' + l I)^-1 Y = (Z'Z + l I)^-1 Z'Y` with Z and Y centred (Saunders, Gammerman and Vovk 1998). One
-    eigendecomposition serves all penalties.
+    `W = Z'(ZZ' + l I)^-1 Y = (Z'Z + l I)^-1 Z'Y` with Z and Y centred (Saunders, Gammerman and Vovk 1998).
     """
 
     def __init__(self, z: mx.array | np.ndarray):
@@ -114,52 +113,72 @@ class Ridge:
         self.is_dual = z.shape[0] < z.shape[1]
         self.gram = _double(z @ z.T) if self.is_dual else None
 
-    def path(
-        self, rows: np.ndarray, targets: np.ndarray, penalties: Sequence[float]
-    ) -> list[tuple[mx.array, mx.array]]:
-        """Coefficients and intercepts `[O]` for each penalty, from rows (repeats allowed) without missing targets.
-
-        Coefficients are dual `[n, O]`, one a row, or primal `[F, O]`. Dual ones sum to 0, so that centring the features
-        changes nothing but the intercept.
-        """
-        at = mx.array(rows)
-        y = _double(targets[rows])
-        y_mean = y.mean(axis=0)
-        if self.gram is not None:
-            inside = self.gram[at][:, at]
-            side = inside.mean(axis=0)
-            matrix, right = inside - side - side[:, None] + side.mean(), y - y_mean
-        else:
-            inside = _double(self.z[at])
-            centred = inside - inside.mean(axis=0)
-            matrix, right = centred.T @ centred, centred.T @ (y - y_mean)
-        values, vectors = mx.linalg.eigh(matrix)
-        turned = vectors.T @ right
-        solutions = []
-        for penalty in penalties:
-            coefficients = vectors @ (turned / (mx.maximum(values, 0.0) + penalty)[:, None])
-            solutions.append((coefficients, y_mean - inside.mean(axis=0) @ coefficients))
-        return solutions
-
-    def predict(self, coefficients: mx.array, bias: mx.array, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Predictions `[n, O]` for `others`, from a solution of `path(rows, ...)`."""
-        if self.gram is not None:
-            return np.array(self.gram[mx.array(others)][:, mx.array(rows)] @ coefficients + bias)
-        return np.array(_double(self.z[mx.array(others)]) @ coefficients + bias)
-
     def solve(self, rows: np.ndarray, targets: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights `[F, O]` and intercepts `[O]`, each output with its own penalty and its own missing rows."""
+        """Weights `[F, O]` and intercepts `[O]` from `rows` (repeats allowed).
+
+        Each output has its own penalty and its own missing rows.
+        """
         weight = np.zeros((self.z.shape[1], targets.shape[1]))
         bias = np.zeros(targets.shape[1])
         for outputs, there in _by_mask(targets[rows]):
             kept = rows[there]
-            different = sorted({float(value) for value in penalties[outputs]})
-            solutions = self.path(kept, targets[:, outputs], different)
-            for penalty, (coefficients, intercept) in zip(different, solutions, strict=True):
+            inside, matrix, _ = self._centred(kept)
+            y = _double(targets[np.ix_(kept, outputs)])
+            right = y - y.mean(axis=0)
+            right = right if self.is_dual else (inside - inside.mean(axis=0)).T @ right
+            for penalty in np.unique(penalties[outputs]):
                 mine = penalties[outputs] == penalty
-                full = self._in_features(kept, coefficients) if self.is_dual else np.array(coefficients)
-                weight[:, outputs[mine]], bias[outputs[mine]] = full[:, mine], np.array(intercept)[mine]
+                own = mx.array(np.flatnonzero(mine))
+                coefficients = mx.linalg.solve(matrix + float(penalty) * mx.eye(len(matrix)), right[:, own])
+                intercept = y.mean(axis=0)[own] - inside.mean(axis=0) @ coefficients
+                weight[:, outputs[mine]] = self._in_features(kept, coefficients) if self.is_dual else coefficients
+                bias[outputs[mine]] = intercept
         return weight, bias
+
+    def left_out_errors(
+        self, rows: np.ndarray, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]
+    ) -> np.ndarray:
+        """Squared error summed over `rows`, each predicted by the regression on the other folds, `[P, O]`.
+
+        No regression is fitted again: with a smoother H = 11'/n + L (w + l)^-1 L', whose factor L comes from one
+        eigendecomposition, the errors of a left-out fold G are (I - H_GG)^-1 (y - Hy)_G, to rounding (Allen's PRESS
+        1974, by blocks).
+
+        Args:
+            targets: float `[N, O]`, nothing missing in `rows`.
+            fold: int `[N]`; where all `rows` are in one, nothing can be told and the errors are 0.
+        """
+        blocks = [mx.array(np.flatnonzero(fold[rows] == number)) for number in np.unique(fold[rows])]
+        if len(blocks) < 2:
+            return np.zeros((len(penalties), targets.shape[1]))
+        _, matrix, centred = self._centred(rows)
+        values, vectors = mx.linalg.eigh(matrix)
+        values = mx.maximum(values, 0.0)
+        factor = vectors * mx.sqrt(values) if self.is_dual else centred @ vectors
+        y = _double(targets[rows])
+        turned = factor.T @ (y - y.mean(axis=0))
+        squares = []
+        for penalty in penalties:
+            shrunk = factor / (values + penalty)
+            left = y - y.mean(axis=0) - shrunk @ turned
+            total = mx.zeros(y.shape[1], mx.float64)
+            for block in blocks:
+                smoother = shrunk[block] @ factor[block].T + 1 / len(rows)
+                error = mx.linalg.solve(mx.eye(len(block), dtype=mx.float64) - smoother, left[block])
+                total = total + mx.square(error).sum(axis=0)
+            squares.append(total)
+        return np.array(mx.stack(squares))
+
+    def _centred(self, rows: np.ndarray) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What is multiplied by coefficients, uncentred; the matrix of the normal equations; centred rows (primal)."""
+        at = mx.array(rows)
+        if self.gram is not None:
+            inside = self.gram[at][:, at]
+            side = inside.mean(axis=0)
+            return inside, inside - side - side[:, None] + side.mean(), None
+        inside = _double(self.z[at])
+        centred = inside - inside.mean(axis=0)
+        return inside, centred.T @ centred, centred
 
     def _in_features(self, rows: np.ndarray, dual: mx.array) -> np.ndarray:
         if isinstance(self.z, np.ndarray):
@@ -168,15 +187,10 @@ class Ridge:
 
 
 def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]) -> np.ndarray:
-    """Mean squared error of each penalty and output over rows left out in turn, `[P, O]`."""
+    """Squared error of each penalty and output over rows left out in turn, `[P, O]`."""
     squares = np.zeros((len(penalties), targets.shape[1]))
-    for left_out in np.unique(fold):
-        inside, outside = np.flatnonzero(fold != left_out), np.flatnonzero(fold == left_out)
-        for outputs, there in _by_mask(targets[inside]):
-            rows = inside[there]
-            for number, (coefficients, bias) in enumerate(ridge.path(rows, targets[:, outputs], penalties)):
-                error = ridge.predict(coefficients, bias, rows, outside) - targets[np.ix_(outside, outputs)]
-                squares[number, outputs] += np.nansum(error**2, axis=0)
+    for outputs, there in _by_mask(targets):
+        squares[:, outputs] = ridge.left_out_errors(there, targets[:, outputs], fold, penalties)
     return squares
 
 

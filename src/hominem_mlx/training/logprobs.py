@@ -1,12 +1,14 @@
 """Log-probabilities of replies. Logits are computed on response positions only and summed in float32."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.training.rows import Row, Rows, collate
+from hominem_mlx.models.platform import lanes
+from hominem_mlx.training.rows import Block, Row, Rows, collate
 
 
 class LogProbs:
@@ -20,16 +22,11 @@ class LogProbs:
         self._split = lm.body_and_head()
 
     def logits(self, rows: Rows) -> mx.array:
-        """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.targets`."""
-        if self._split:
-            logits = self._split[1](self.hidden(rows))
-        else:
-            logits = self.lm.model(rows.tokens)
-            logits = logits.reshape(-1, logits.shape[-1])[rows.where]
-        return logits.astype(mx.float32)
+        """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.owner`."""
+        return _in_lanes(self._logits, rows)
 
     def hidden(self, rows: Rows) -> mx.array:
-        """What the output layer reads where a response token is predicted, `[N, D]`.
+        """What the output layer reads where a response token is predicted, `[N, D]`, in the order of `rows.owner`.
 
         Raises: ModelError where body and output layer cannot be told apart.
         """
@@ -37,18 +34,40 @@ class LogProbs:
             raise ModelError(
                 f"{self.lm.name} does something after its output layer, so what that layer reads is unknown"
             )
-        hidden = self._split[0](rows.tokens)
-        return hidden.reshape(-1, hidden.shape[-1])[rows.where]
+        return _in_lanes(self._hidden, rows)
 
     def per_token(self, rows: Rows) -> mx.array:
-        """Log-probability of every response token, float32 `[N]`, in the order of `rows.targets`."""
-        logits = self.logits(rows)
-        chosen = mx.take_along_axis(logits, rows.targets[:, None], axis=-1)[:, 0]
+        """Log-probability of every response token, float32 `[N]`, in the order of `rows.owner`."""
+        return _in_lanes(self._per_token, rows)
+
+    def _hidden(self, block: Block) -> mx.array:
+        hidden = self._split[0](block.tokens)
+        return hidden.reshape(-1, hidden.shape[-1])[block.where]
+
+    def _logits(self, block: Block) -> mx.array:
+        if self._split:
+            logits = self._split[1](self._hidden(block))
+        else:
+            logits = self.lm.model(block.tokens)
+            logits = logits.reshape(-1, logits.shape[-1])[block.where]
+        return logits.astype(mx.float32)
+
+    def _per_token(self, block: Block) -> mx.array:
+        logits = self._logits(block)
+        chosen = mx.take_along_axis(logits, block.targets[:, None], axis=-1)[:, 0]
         return chosen - mx.logsumexp(logits, axis=-1)
 
     def __call__(self, rows: Rows) -> mx.array:
         """Sum over each reply's tokens, float32 `[B]`."""
         return mx.zeros(rows.lengths.shape).at[rows.owner].add(self.per_token(rows))
+
+
+def _in_lanes(compute: Callable[[Block], mx.array], rows: Rows) -> mx.array:
+    parts = []
+    for lane, block in zip(itertools.cycle(lanes()), rows.blocks):
+        with mx.stream(lane):
+            parts.append(compute(block))
+    return mx.concatenate(parts)
 
 
 def reference_logprobs(logprobs: LogProbs, rows: Sequence[Row], *, batch: int = 16, progress=None) -> list[float]:

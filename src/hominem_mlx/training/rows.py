@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from hominem_mlx.models.platform import lanes
+
 PAD_TO = 16  # few distinct shapes, little padding
 
 
@@ -23,17 +25,27 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A padded batch of `B` rows.
+class Block:
+    """`B` rows of like length, padded to `T`.
 
     tokens: int32 `[B, T]`. where: int32 `[N]`, index into the flattened `[B*T]` of each position that predicts a
-    response token; targets: int32 `[N]`, that token; owner: int32 `[N]`, its row; lengths: float32 `[B]`, response
-    tokens a row.
+    response token; targets: int32 `[N]`, that token.
     """
 
     tokens: mx.array
     where: mx.array
     targets: mx.array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch: one block for each lane of the machine.
+
+    owner: int32 `[N]`, the row (as given to `collate`) of each response token, block after block; lengths: float32
+    `[rows]`, response tokens a row.
+    """
+
+    blocks: tuple[Block, ...]
     owner: mx.array
     lengths: mx.array
 
@@ -54,20 +66,29 @@ def fit(row: Row, max_tokens: int) -> tuple[Row, int]:
 
 
 def collate(rows: Sequence[Row]) -> Rows:
-    """Pad rows on the right and note where their replies are."""
+    """Cut rows into blocks of like length and equal work, pad them on the right, note where their replies are."""
+    order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens)
+    work = np.cumsum([rows[index].num_tokens for index in order])
+    cuts = np.searchsorted(work, work[-1] * np.arange(1, len(lanes())) / len(lanes()))
+    parts = [part for part in np.split(np.array(order), cuts) if len(part)]
+    return Rows(
+        tuple(_block([rows[index] for index in part]) for part in parts),
+        mx.array(np.concatenate([np.repeat(index, len(rows[index].response)) for part in parts for index in part])),
+        mx.array([float(len(row.response)) for row in rows]),
+    )
+
+
+def _block(rows: Sequence[Row]) -> Block:
     width = -(-max(row.num_tokens for row in rows) // PAD_TO) * PAD_TO
     tokens = np.zeros((len(rows), width), np.int32)
-    where, targets, owner = [], [], []
+    where, targets = [], []
     for index, row in enumerate(rows):
         tokens[index, : row.num_tokens] = row.prompt + row.response
         first = index * width + len(row.prompt) - 1  # the last prompt token predicts the first reply token
         where.append(np.arange(first, first + len(row.response)))
         targets.append(row.response)
-        owner.append(np.full(len(row.response), index))
-    return Rows(
+    return Block(
         mx.array(tokens),
         mx.array(np.concatenate(where).astype(np.int32)),
         mx.array(np.concatenate(targets).astype(np.int32)),
-        mx.array(np.concatenate(owner).astype(np.int32)),
-        mx.array([float(len(row.response)) for row in rows]),
     )

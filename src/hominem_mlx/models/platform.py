@@ -1,0 +1,25 @@
+"""What MLX's CPU backend needs to use a whole Linux machine. On a Mac, or with a GPU, there is one lane, the usual one.
+
+Element by element MLX works on one core of the CPU, and only matrix products spread over several. So a batch is cut
+into blocks, each block is computed on a stream of its own, and the products inside a block keep to one core
+(`hominem_mlx.__init__` tells OpenBLAS).
+"""
+
+import functools
+import os
+import sys
+
+import mlx.core as mx
+
+
+@functools.cache
+def _streams() -> tuple[mx.ThreadLocalStream, ...]:
+    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(len(os.sched_getaffinity(0))))
+
+
+def lanes() -> tuple:
+    """Streams that can work at the same time, at least one: as many as there are cores where a Linux CPU computes."""
+    device = mx.default_device()
+    if sys.platform == "linux" and device == mx.cpu:
+        return _streams()
+    return (mx.default_stream(device),)

@@ -51,7 +51,7 @@ def test_the_first_preference_loss_is_log_two_plus_the_likelihood_term(registry,
     _, channel = material.channels([pair(0), pair(1)], [])
     loss, measured = channel.loss(channel.batch_at(0))
     batch = channel.batch_at(0)
-    nll = (-material.logprobs(batch.rows)[:2] / batch.rows.lengths[:2]).mean().item()
+    nll = (-material.logprobs(batch.rows) / batch.rows.lengths)[batch.chosen].mean().item()
     assert loss.item() == pytest.approx(math.log(2) + 0.2 * nll, abs=1e-5)
     assert measured["displacement"].item() == pytest.approx(0, abs=1e-6)
 
@@ -80,8 +80,9 @@ def test_a_memory_with_a_history_is_learnt_as_a_chat_would_ask_for_it(tiny):
     rows = channel.batch_at(0).rows
     said = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "what is he called?"}]
     prompt, reply = lm.chat_tokens(said), lm.response_tokens("Rex")
-    assert rows.tokens[0, : len(prompt) + len(reply)].tolist() == prompt + reply
-    assert (rows.where.tolist(), rows.targets.tolist()) == ([len(prompt) - 1 + i for i in range(len(reply))], reply)
+    [block] = rows.blocks
+    assert block.tokens[0, : len(prompt) + len(reply)].tolist() == prompt + reply
+    assert (block.where.tolist(), block.targets.tolist()) == ([len(prompt) - 1 + i for i in range(len(reply))], reply)
 
 
 def test_every_adapter_matrix_moves(registry, dataset, tiny):
@@ -206,6 +207,46 @@ def test_order_is_without_replacement_and_differs_between_epochs():
     order = dual.Order(7, 3, seed=1)
     epochs = [np.concatenate([order.batch(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
+
+
+def test_rows_of_a_group_stand_together_in_an_order():
+    groups = list("abacbbca")
+    order = dual.Order(8, 3, seed=3, groups=groups)
+    epochs = [np.concatenate([order.batch(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(8)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    turns = {"".join(groups[row] for row in epoch) for epoch in epochs}
+    assert all(turn.count(name * groups.count(name)) == 1 for turn in turns for name in "abc") and len(turns) > 2
+
+
+def test_a_reply_that_several_pairs_share_is_computed_once_and_gives_the_loss_of_pairs_apart(tiny):
+    lm, settings = tiny(), load_config(overrides=[*FAST, "dual.batch_pairs=8"]).dual
+    pairs = [
+        pair(i, prompt="which?", chosen=f"reply {a}", rejected=f"reply {b}", reward_intensity=0.3 + 0.1 * i)
+        for i, (a, b) in enumerate([(3, 2), (3, 1), (3, 0), (2, 1), (2, 0), (1, 0)])
+    ]
+    material = dual.Material(lm, settings, None, None)
+    _, channel = material.channels(pairs, [])
+    batch = channel.batch_at(0)
+    assert len(batch.rows.lengths) == 4 and batch.target.shape == (6,)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    for name, value in lora.adapter_parameters(lm.model).items():
+        if name.endswith("lora_b"):
+            lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
+
+    def logp(reply):
+        return material.logprobs(dual.collate([dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply))])).item()
+
+    now = {f"reply {i}": logp(f"reply {i}") for i in range(4)}
+    with lora.without_adapter(lm):
+        base = {reply: logp(reply) for reply in now}
+    expected = 0.0
+    for each in pairs:
+        delta = (now[each.chosen] - base[each.chosen]) - (now[each.rejected] - base[each.rejected])
+        loss = -each.target * math.log(1 / (1 + math.exp(-settings.beta * delta)))
+        loss -= (1 - each.target) * math.log(1 / (1 + math.exp(settings.beta * delta)))
+        loss -= settings.nll_weight * now[each.chosen] / len(lm.response_tokens(each.chosen))
+        expected += each.reward_intensity / 0.55 * loss / 6
+    assert channel.loss(batch)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):

@@ -35,13 +35,18 @@ HEAD_GAIN = 8.0  # found on the bundled student: words are then weighed as fast 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """`n` pairs as `2n` rows (chosen first), and what the loss needs of each pair, all float32 `[n]`."""
+    """`n` pairs over `r` different replies, and what the loss needs of each.
+
+    chosen, rejected: int32 `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
+    target, weight (gate * intensity).
+    """
 
     rows: Rows
-    reference: mx.array  # ref_chosen - ref_rejected
-    reference_chosen: mx.array
+    reference: mx.array
+    chosen: mx.array
+    rejected: mx.array
     target: mx.array
-    weight: mx.array  # gate * intensity
+    weight: mx.array
 
 
 @dataclass(frozen=True)
@@ -236,29 +241,34 @@ class Material:
 
     def _references(self, rows: list[Row], stage: str) -> np.ndarray:
         report = self.progress
-        each = {(tuple(row.prompt), tuple(row.response)): row for row in rows}  # a reply stands in several pairs
-        tell = (lambda done: report({"stage": stage, "done": done, "total": len(each)})) if report else None
-        values = dict(zip(each, reference_logprobs(self.logprobs, list(each.values()), progress=tell), strict=True))
-        return np.array([values[tuple(row.prompt), tuple(row.response)] for row in rows], np.float32)
+        tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
+        return np.array(reference_logprobs(self.logprobs, rows, progress=tell), np.float32)
+
+    def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
+        """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
+        sides = [(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)]
+        places = {side: place for place, side in enumerate(dict.fromkeys(sides))}
+        return [self._row(*side) for side in places], np.array([places[side] for side in sides], int).reshape(-1, 2).T
 
     def _pair_batches(self, pairs: list[Preference], gates: np.ndarray) -> Callable[[int], PairBatch]:
-        chosen = [self._row(pair.prompt, pair.chosen) for pair in pairs]
-        rejected = [self._row(pair.prompt, pair.rejected) for pair in pairs]
-        self.pair_rows = chosen + rejected
+        self.pair_rows, (chosen, rejected) = self._replies(pairs)
         reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
-        ref_chosen, ref_rejected = np.split(reference, 2)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
         target = np.array([pair.target for pair in pairs], np.float32)
-        order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed)
+        # a prompt's pairs come together: they share replies, and each reply is computed once a step
+        order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed, groups=[pair.prompt for pair in pairs])
 
         def batch_at(step: int) -> PairBatch:
             index = order.batch(step)
+            replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
+            places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
-                collate([chosen[i] for i in index] + [rejected[i] for i in index]),
-                mx.array(ref_chosen[index] - ref_rejected[index]),
-                mx.array(ref_chosen[index]),
+                collate([self.pair_rows[i] for i in replies]),
+                mx.array(reference[replies]),
+                mx.array(places[0]),
+                mx.array(places[1]),
                 mx.array(target[index]),
                 mx.array(weight[index]),
             )
@@ -308,16 +318,14 @@ class Material:
     def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
         settings, n = self.settings, batch.target.shape[0]
         logp = self.logprobs(batch.rows)
-        chosen, rejected = logp[:n], logp[n:]
-        delta = (chosen - rejected) - batch.reference
+        gained = logp - batch.reference
+        delta = gained[batch.chosen] - gained[batch.rejected]
+        lengths = batch.rows.lengths[batch.chosen]
         per_pair = losses.dpo(delta, beta=settings.beta, target=batch.target)
-        per_pair = per_pair + settings.nll_weight * losses.nll(chosen, batch.rows.lengths[:n])
+        per_pair = per_pair + settings.nll_weight * losses.nll(logp[batch.chosen], lengths)
         # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
         loss = (batch.weight * per_pair).sum() / n
-        return loss, {
-            "accuracy": (delta > 0).mean(),
-            "displacement": ((chosen - batch.reference_chosen) / batch.rows.lengths[:n]).mean(),
-        }
+        return loss, {"accuracy": (delta > 0).mean(), "displacement": (gained[batch.chosen] / lengths).mean()}
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
@@ -325,15 +333,14 @@ class Material:
         """A function of the step that measures held-back pairs: accuracy of the implicit reward, displacement."""
         if not preferences:
             return None
-        chosen = [self._row(pair.prompt, pair.chosen) for pair in preferences]
-        rejected = [self._row(pair.prompt, pair.rejected) for pair in preferences]
-        lengths = np.array([len(row.response) for row in chosen])
-        before = np.split(self._references(chosen + rejected, "validation reference"), 2)
+        rows, (chosen, rejected) = self._replies(preferences)
+        lengths = np.array([len(rows[place].response) for place in chosen])
+        before = self._references(rows, "validation reference")
 
         def evaluate(step: int) -> dict[str, float]:
-            after = np.split(np.array(reference_logprobs(self.logprobs, chosen + rejected)), 2)
-            delta = (after[0] - before[0]) - (after[1] - before[1])
-            displacement = ((after[0] - before[0]) / lengths).mean()
+            gained = np.array(reference_logprobs(self.logprobs, rows)) - before
+            delta = gained[chosen] - gained[rejected]
+            displacement = (gained[chosen] / lengths).mean()
             return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
 
         return evaluate
@@ -347,16 +354,22 @@ class Material:
 
 
 class Order:
-    """Epochs without replacement: which rows are in the batch of a step, from the seed and the step alone."""
+    """Epochs without replacement: which rows are in the batch of a step, from the seed and the step alone.
 
-    def __init__(self, size: int, batch: int, seed: int):
-        self.size, self.size_of_batch, self.seed = size, batch, seed
+    With `groups`, one a row, rows of a group stand together and groups are shuffled.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, *, groups: Sequence[str] | None = None):
+        self.size_of_batch, self.seed = batch, seed
         self.batches_an_epoch = -(-size // batch)
+        names = {name: number for number, name in enumerate(dict.fromkeys(groups or []))}
+        self.group = np.array([names[name] for name in groups]) if groups else np.arange(size)
 
     def batch(self, step: int) -> np.ndarray:
         """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
         epoch, place = divmod(step, self.batches_an_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
+        order = np.argsort(np.argsort(turn)[self.group], kind="stable")
         return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
 
 

@@ -126,13 +126,12 @@ class Ridge:
             y = _double(targets[np.ix_(kept, outputs)])
             right = y - y.mean(axis=0)
             right = right if self.is_dual else (inside - inside.mean(axis=0)).T @ right
+            coefficients = mx.zeros(right.shape, mx.float64)
             for penalty in np.unique(penalties[outputs]):
-                mine = penalties[outputs] == penalty
-                own = mx.array(np.flatnonzero(mine))
-                coefficients = mx.linalg.solve(matrix + float(penalty) * mx.eye(len(matrix)), right[:, own])
-                intercept = y.mean(axis=0)[own] - inside.mean(axis=0) @ coefficients
-                weight[:, outputs[mine]] = self._in_features(kept, coefficients) if self.is_dual else coefficients
-                bias[outputs[mine]] = intercept
+                own = mx.array(np.flatnonzero(penalties[outputs] == penalty))
+                coefficients[:, own] = mx.linalg.solve(matrix + float(penalty) * mx.eye(len(matrix)), right[:, own])
+            weight[:, outputs] = self._in_features(kept, coefficients) if self.is_dual else coefficients
+            bias[outputs] = y.mean(axis=0) - inside.mean(axis=0) @ coefficients
         return weight, bias
 
     def left_out_errors(

@@ -10,7 +10,9 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.models import lora
+from hominem_mlx.training import logprobs as training_logprobs
 from hominem_mlx.training import loop
+from hominem_mlx.training import rows as training_rows
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.rows import Row, collate, fit
 
@@ -43,6 +45,18 @@ def test_padded_log_probabilities_equal_the_naive_formula(tiny):
     wanted = [naive_logprob(lm, row) for row in rows]
     assert LogProbs(lm)(collate(rows)).tolist() == pytest.approx(wanted, rel=1e-5)
     assert reference_logprobs(LogProbs(lm), rows, batch=2) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_batch_is_cut_into_a_block_a_lane_and_says_the_same(tiny, monkeypatch, number):
+    streams = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(number))
+    for module in (training_rows, training_logprobs):
+        monkeypatch.setattr(module, "lanes", lambda: streams)
+    lm = tiny()
+    rows = [*rows_of(lm), *rows_of(lm)[::-1]]
+    batch = collate(rows)
+    assert len(batch.blocks) == number and sum(len(block.tokens) for block in batch.blocks) == 6
+    assert LogProbs(lm)(batch).tolist() == pytest.approx([naive_logprob(lm, row) for row in rows], rel=1e-5)
 
 
 def test_a_model_whose_head_cannot_be_split_takes_the_whole_path(tiny):

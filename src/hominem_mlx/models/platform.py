@@ -11,13 +11,16 @@ import sys
 
 import mlx.core as mx
 
+MOST = 8  # in more blocks than this too few rows are left
+
 
 @functools.cache
 def _streams() -> tuple[mx.ThreadLocalStream, ...]:
-    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(len(os.sched_getaffinity(0))))
+    cores = len(os.sched_getaffinity(0))
+    return tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(min(cores, MOST)))
 
 
-def lanes() -> tuple:
+def lanes() -> tuple[mx.Stream | mx.ThreadLocalStream, ...]:
     """Streams that can work at the same time, at least one: as many as there are cores where a Linux CPU computes."""
     device = mx.default_device()
     if sys.platform == "linux" and device == mx.cpu:

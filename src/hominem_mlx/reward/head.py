@@ -129,7 +129,8 @@ class Ridge:
             coefficients = mx.zeros(right.shape, mx.float64)
             for penalty in np.unique(penalties[outputs]):
                 own = mx.array(np.flatnonzero(penalties[outputs] == penalty))
-                coefficients[:, own] = mx.linalg.solve(matrix + float(penalty) * mx.eye(len(matrix)), right[:, own])
+                ridge = matrix + float(penalty) * mx.eye(len(matrix), dtype=mx.float64)
+                coefficients[:, own] = mx.linalg.solve(ridge, right[:, own])
             weight[:, outputs] = self._in_features(kept, coefficients) if self.is_dual else coefficients
             bias[outputs] = y.mean(axis=0) - inside.mean(axis=0) @ coefficients
         return weight, bias

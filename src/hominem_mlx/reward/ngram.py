@@ -56,8 +56,10 @@ class NgramFeatures:
         """Features `[N, V]` float32; nothing is ever cut, so there are no flags."""
         features = np.zeros((len(pairs), len(self.vocabulary)), np.float32)
         for row, (_, response) in zip(features, pairs, strict=True):
-            known = [(self.place[piece], count) for piece, count in _counts(response).items() if piece in self.place]
-            at = np.array([place for place, _ in known], int)
-            row[at] = (1 + np.log([count for _, count in known])) * self.idf[at]
-            row /= np.linalg.norm(row) or 1.0
+            counts = _counts(response)
+            at = np.array([self.place.get(piece, -1) for piece in counts], int)
+            known = at >= 0
+            at = at[known]
+            weights = (1 + np.log(np.array(list(counts.values()), float)[known])) * self.idf[at]
+            row[at] = weights / (np.linalg.norm(weights) or 1.0)
         return features, [()] * len(pairs)

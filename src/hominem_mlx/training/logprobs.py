@@ -41,6 +41,7 @@ class LogProbs:
         return _in_lanes(self._per_token, rows)
 
     def _hidden(self, block: Block) -> mx.array:
+        assert self._split is not None  # whoever calls this has looked
         hidden = self._split[0](block.tokens)
         return hidden.reshape(-1, hidden.shape[-1])[block.where]
 

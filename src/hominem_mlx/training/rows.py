@@ -71,9 +71,10 @@ def collate(rows: Sequence[Row]) -> Rows:
     work = np.cumsum([rows[index].num_tokens for index in order])
     cuts = np.searchsorted(work, work[-1] * np.arange(1, len(lanes())) / len(lanes()))
     parts = [part for part in np.split(np.array(order), cuts) if len(part)]
+    owner = np.repeat(order, [len(rows[index].response) for index in order])
     return Rows(
         tuple(_block([rows[index] for index in part]) for part in parts),
-        mx.array(np.concatenate([np.repeat(index, len(rows[index].response)) for part in parts for index in part])),
+        mx.array(owner.astype(np.int32)),
         mx.array([float(len(row.response)) for row in rows]),
     )
 

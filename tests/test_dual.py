@@ -249,9 +249,17 @@ def test_a_reply_that_several_pairs_share_is_computed_once_and_gives_the_loss_of
     assert channel.loss(batch)[0].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_batch_holds_whole_prompts_and_each_of_their_replies_once(tiny):
+    sides = [("a", 1, 2), ("b", 1, 2), ("a", 2, 3), ("b", 2, 3), ("a", 1, 3), ("b", 1, 3)]
+    pairs = [pair(i, prompt=p, chosen=f"{c}", rejected=f"{r}") for i, (p, c, r) in enumerate(sides)]
+    settings = load_config(overrides=[*FAST, "dual.batch_pairs=3"]).dual
+    _, channel = dual.Material(tiny(), settings, None, None).channels(pairs, [])
+    assert [len(channel.batch_at(step).rows.lengths) for step in range(4)] == [3, 3, 3, 3]
+
+
 def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
     data, lm, config = dataset(), tiny(), load_config(overrides=FAST)
-    resolved = {"dual": config.dual.model_dump(mode="json"), "system": None, "base": lm.hash}
+    resolved = {"dual": config.dual.model_dump(mode="json"), "system": None, "base": lm.hash, "recipe": dual.RECIPE}
     name = f"dual-{dual.sha256_json([data.hash, resolved])[:16]}"
     with (
         lock(registry.home / "locks" / f"{name}.lock", "a test"),

@@ -1,6 +1,7 @@
 """Rows, log-probabilities, and the loop: exact, resumable, and still when there is nothing to learn."""
 
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.models import lora
+from hominem_mlx.models import lora, platform
 from hominem_mlx.training import logprobs as training_logprobs
 from hominem_mlx.training import loop
 from hominem_mlx.training import rows as training_rows
@@ -45,6 +46,26 @@ def test_padded_log_probabilities_equal_the_naive_formula(tiny):
     wanted = [naive_logprob(lm, row) for row in rows]
     assert LogProbs(lm)(collate(rows)).tolist() == pytest.approx(wanted, rel=1e-5)
     assert reference_logprobs(LogProbs(lm), rows, batch=2) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_lanes_share_rows_of_equal_length_evenly_and_each_computes_its_own_block(tiny, monkeypatch):
+    lm, seen = tiny(), []
+    body, head = lm.body_and_head()
+    logprobs = LogProbs(lm)
+    logprobs._split = (lambda tokens: (seen.append(mx.default_stream(mx.cpu)), body(tokens))[1], head)
+    lanes = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(4))
+    for module in (training_rows, training_logprobs):
+        monkeypatch.setattr(module, "lanes", lambda: lanes)
+    batch = collate([Row([1, 2, 3], [4, 5])] * 8)
+    assert [len(block.tokens) for block in batch.blocks] == [2, 2, 2, 2]
+    mx.eval(logprobs(batch))
+    assert len({str(stream) for stream in seen}) == 4
+
+
+def test_there_is_one_lane_on_a_mac(monkeypatch):
+    assert len(platform.lanes()) == min(8, len(os.sched_getaffinity(0)))
+    monkeypatch.setattr(platform.sys, "platform", "darwin")
+    assert len(platform.lanes()) == 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])

@@ -54,7 +54,8 @@ def _take_openblas() -> str | None:
                 "mlx was imported before hominem_mlx, so it keeps its own slow BLAS: import hominem_mlx first",
                 stacklevel=3,
             )
-        library.openblas_set_num_threads(1)  # cores are shared out in `models/platform.py`
+        if "OPENBLAS_NUM_THREADS" not in os.environ and hasattr(library, "openblas_set_num_threads"):
+            library.openblas_set_num_threads(1)  # cores are shared out in `models/platform.py`
         return name
     return None
 

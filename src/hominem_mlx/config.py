@@ -178,8 +178,8 @@ class DualConfig(Section):
     """Gradient clipping by global norm."""
     epochs: Count = 2
     """Passes over each channel's rows, without replacement; the shorter channel is repeated to keep step."""
-    batch_pairs: Count = 8
-    """Preference pairs a step; those of a prompt come together and share the work on their replies."""
+    batch_pairs: Count = 16
+    """Preference pairs a step; those of a prompt come together and share replies: take a few prompts' worth."""
     batch_memories: Count = 8
     """Memory pairs a step."""
     batch_anchors: Count = 8

@@ -30,6 +30,7 @@ from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Row, Rows, collate, fit
 
 Progress = Callable[[dict[str, Any]], None]
+RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
 HEAD_GAIN = 16.0  # found on the bundled student: words are then weighed as fast as the other layers learn facts
 
 
@@ -37,7 +38,7 @@ HEAD_GAIN = 16.0  # found on the bundled student: words are then weighed as fast
 class PairBatch:
     """`n` pairs over `r` different replies, and what the loss needs of each.
 
-    chosen, rejected: int32 `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
+    chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
     target, weight (gate * intensity).
     """
 
@@ -85,7 +86,8 @@ def train(
     anchors = []
     if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
         anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
-    resolved = {"dual": settings.model_dump(mode="json"), "system": config.student.system, "base": lm.hash}
+    identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
+    resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
     run = registry.home / "runs" / f"dual-{sha256_json([pairs.hash, resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
         material = Material(lm, settings, config.student.system, progress)

@@ -151,10 +151,8 @@ class Backbone:
         """Features `[N, F]` float32 and the flags of each pair: in batches, sorted by length, nothing kept."""
         passages = [self.reader.passage(*pair) for pair in pairs]
         order = sorted(range(len(passages)), key=lambda index: len(passages[index].tokens))
-        batches = [
-            [passages[index] for index in order[first : first + SCORE_BATCH]]
-            for first in range(0, len(order), SCORE_BATCH)
-        ]
+        size = SCORE_BATCH // len(lanes())
+        batches = [[passages[i] for i in order[first : first + size]] for first in range(0, len(order), size)]
         features = np.concatenate(list(self._features(batches))) if batches else np.zeros((0, 0), np.float32)
         back = np.argsort(order, kind="stable")
         return features[back], [passage.flags for passage in passages]

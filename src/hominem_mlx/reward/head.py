@@ -140,9 +140,9 @@ class Ridge:
     ) -> np.ndarray:
         """Squared error summed over `rows`, each predicted by the regression on the other folds, `[P, O]`.
 
-        No regression is fitted again: with a smoother H = 11'/n + L (w + l)^-1 L', whose factor L comes from one
-        eigendecomposition, the errors of a left-out fold G are (I - H_GG)^-1 (y - Hy)_G, to rounding (Allen's PRESS
-        1974, by blocks).
+        No regression is fitted again: with the smoother H = 11'/n + L (w + l)^-1 L', whose factor L one
+        eigendecomposition gives, the errors of a left-out fold G are (I - H_GG)^-1 (y - Hy)_G, to rounding (Allen 1974,
+        PRESS, by blocks).
 
         Args:
             targets: float `[N, O]`, nothing missing in `rows`.
@@ -163,11 +163,15 @@ class Ridge:
             left = y - y.mean(axis=0) - shrunk @ turned
             total = mx.zeros(y.shape[1], mx.float64)
             for block in blocks:
-                smoother = shrunk[block] @ factor[block].T + 1 / len(rows)
-                error = mx.linalg.solve(mx.eye(len(block), dtype=mx.float64) - smoother, left[block])
+                one = mx.ones((len(block), 1), mx.float64)
+                u, v = (
+                    mx.concatenate([shrunk[block], one / len(rows)], axis=1),
+                    mx.concatenate([factor[block], one], axis=1),
+                )
+                error = _solve_low_rank(u, v, left[block])
                 total = total + mx.square(error).sum(axis=0)
-            squares.append(total)
-        return np.array(mx.stack(squares))
+            squares.append(np.array(total))
+        return np.stack(squares)
 
     def _centred(self, rows: np.ndarray) -> tuple[mx.array, mx.array, mx.array | None]:
         """What is multiplied by coefficients, uncentred; the matrix of the normal equations; centred rows (primal)."""
@@ -184,6 +188,14 @@ class Ridge:
         if isinstance(self.z, np.ndarray):
             return self.z[rows].T @ np.array(dual).astype(self.z.dtype)
         return np.array(self.z[mx.array(rows)].T @ dual)
+
+
+def _solve_low_rank(u: mx.array, v: mx.array, right: mx.array) -> mx.array:
+    """(I - u v')^-1 right for u, v `[n, r]` and right `[n, O]`; in `[r, r]` where that is smaller (Woodbury 1950)."""
+    if len(u) <= u.shape[1]:
+        return mx.linalg.solve(mx.eye(len(u), dtype=mx.float64) - u @ v.T, right)
+    inner = mx.eye(u.shape[1], dtype=mx.float64) - v.T @ u
+    return right + u @ mx.linalg.solve(inner, v.T @ right)
 
 
 def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]) -> np.ndarray:

@@ -69,7 +69,7 @@ def collate(rows: Sequence[Row]) -> Rows:
     """Cut rows into blocks of like length and equal work, pad them on the right, note where their replies are."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].num_tokens)
     work = np.cumsum([rows[index].num_tokens for index in order])
-    cuts = np.searchsorted(work, work[-1] * np.arange(1, len(lanes())) / len(lanes()))
+    cuts = np.searchsorted(work, work[-1] * np.arange(1, len(lanes())) / len(lanes()), side="right")
     parts = [part for part in np.split(np.array(order), cuts) if len(part)]
     owner = np.repeat(order, [len(rows[index].response) for index in order])
     return Rows(

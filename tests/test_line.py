@@ -102,19 +102,36 @@ def altered(folder: Path) -> None:
     )
 
 
-def test_what_is_learnt_does_not_change_when_every_held_out_row_does(tmp_path, tiny_folder, monkeypatch):
-    config = load_config(overrides=[f"student.base={tiny_folder}", *TINY], defaults=read_toml(demo.SETTINGS))
+def small_line(home: Path, student: Path) -> tuple[dict, dict]:
+    """The demo with little of everything: what it tells, and its artifacts."""
+    registry = Registry(home)
+    config = load_config(overrides=[f"student.base={student}", *TINY], defaults=read_toml(demo.SETTINGS))
+    told = demo.run(registry, config, progress=None, note=lambda text: None, began=time.perf_counter())
+    assert registry.verify() == []
+    return told, {kind: registry.find(ref) for kind, ref in told["artifacts"].items()}
 
-    def line(name: str) -> dict:
-        registry = Registry(tmp_path / name)
-        found = demo.run(registry, config, progress=None, note=lambda text: None, began=time.perf_counter())
-        assert registry.verify() == []
-        return {kind: registry.find(ref) for kind, ref in found["artifacts"].items()}
 
-    first = line("first")
+@pytest.fixture(scope="module")
+def first_home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("first")
+
+
+@pytest.fixture(scope="module")
+def first_line(first_home, tiny_folder) -> tuple[dict, dict]:
+    return small_line(first_home, tiny_folder)
+
+
+def test_a_line_again_gives_the_same_artifacts_and_tells_the_same(first_line, first_home, tiny_folder):
+    told, artifacts = small_line(first_home, tiny_folder)
+    assert artifacts == first_line[1]
+    assert {**told, "seconds": 0, "figures": 0} == {**first_line[0], "seconds": 0, "figures": 0}
+
+
+def test_what_is_learnt_does_not_change_when_every_held_out_row_does(first_line, tmp_path, tiny_folder, monkeypatch):
+    first = first_line[1]
     altered(tmp_path / "altered")
     monkeypatch.setattr(homes, "STARTER", tmp_path / "altered")
-    second = line("second")
+    _, second = small_line(tmp_path / "second", tiny_folder)
     for name in ("raw", "labels", "pairs", "reward_model", "lora"):
         assert first[name].ref == second[name].ref
         same = [sha256_folder(artifact.folder, leave_out=[METADATA]) for artifact in (first[name], second[name])]
@@ -223,12 +240,6 @@ def test_demo_home_is_whole_and_its_adapter_has_a_past(found, demo_home):
     in_use = registry.current("lora", pointer=adapter.metadata["notes"]["pointer"])
     assert in_use == (adapter if found["verdict"]["accepted"] else None)
     assert registry.current("reward_model").ref == found["artifacts"]["reward_model"]
-
-
-def test_demo_again_gives_the_same_artifacts(found, demo_home):
-    again = run_demo(demo_home)
-    assert again["artifacts"] == found["artifacts"]
-    assert {**again, "seconds": 0, "output": "", "figures": 0} == {**found, "seconds": 0, "output": "", "figures": 0}
 
 
 # --- the student ----------------------------------------------------------------------------------------------------

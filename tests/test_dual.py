@@ -67,7 +67,7 @@ def test_training_prefers_the_chosen_remembers_and_leaves_the_base_bit_identical
     assert artifact.metadata["config"]["base"] == lm.hash
     adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
     logprobs = dual.LogProbs(lm), dual.LogProbs(adapted)
-    row = dual.collate([dual.Row(lm.prompt_tokens("what is 1?"), lm.response_tokens("thing 1"))])
+    row = dual.LogProbs(lm).collate([dual.Row(lm.prompt_tokens("what is 1?"), lm.response_tokens("thing 1"))])
     assert logprobs[1](row).item() > logprobs[0](row).item() + 1
 
 
@@ -81,7 +81,8 @@ def test_a_memory_with_a_history_is_learnt_as_a_chat_would_ask_for_it(tiny):
     said = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "what is he called?"}]
     prompt, reply = lm.chat_tokens(said), lm.response_tokens("Rex")
     [block] = rows.blocks
-    assert block.tokens[0, : len(prompt) + len(reply)].tolist() == prompt + reply
+    read = [*prompt, *reply[:-1]]  # the last token is predicted, never read
+    assert block.tokens[0, : len(read)].tolist() == read
     assert (block.where.tolist(), block.targets.tolist()) == ([len(prompt) - 1 + i for i in range(len(reply))], reply)
 
 
@@ -131,7 +132,9 @@ def test_a_channel_of_weight_zero_is_as_if_it_had_no_rows(registry, dataset, tin
 
 def test_an_anchor_keeps_memories_from_moving_other_replies(registry, dataset, tiny):
     lm, moved = tiny(), {}
-    rows = dual.collate([dual.Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS])
+    rows = dual.LogProbs(lm).collate(
+        [dual.Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS]
+    )
     base = np.array(dual.LogProbs(lm).hidden(rows))
     for weight in (0, 50):
         values = ["dual.epochs=12", "dual.preference_targets=head", f"dual.anchor_weight={weight}"]
@@ -164,7 +167,7 @@ def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset,
     material = dual.Material(lm, settings, None, None)
     material.channels(PAIRS, MEMORIES)
     directions = np.array(material.head_directions())
-    hidden = np.array(material.logprobs.hidden(dual.collate(material.pair_rows)))
+    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.pair_rows)))
     readings = hidden @ directions.T
     assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(dual.HEAD_GAIN, rel=1e-3)
     _, vectors = np.linalg.eigh(hidden.T @ hidden)  # a second way to the same axes
@@ -234,7 +237,9 @@ def test_a_reply_that_several_pairs_share_is_computed_once_and_gives_the_loss_of
             lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
 
     def logp(reply):
-        return material.logprobs(dual.collate([dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply))])).item()
+        return material.logprobs(
+            dual.LogProbs(lm).collate([dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply))])
+        ).item()
 
     now = {f"reply {i}": logp(f"reply {i}") for i in range(4)}
     with lora.without_adapter(lm):

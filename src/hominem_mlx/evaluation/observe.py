@@ -156,7 +156,7 @@ def drift(
     logprobs = LogProbs(lm)
     nats, done = np.zeros(len(rows)), 0
     for chunk in _chunks(rows, NUMBERS_AT_ONCE // _vocabulary(lm)):
-        batch = collate([rows[index] for index in chunk])
+        batch = logprobs.collate([rows[index] for index in chunk])
         policy = logprobs.logits(batch)
         mx.eval(policy)
         with lora.without_adapter(lm):

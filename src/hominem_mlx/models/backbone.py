@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import sha256_bytes, sha256_file, sha256_json
-from hominem_mlx.models import lora, sampling
+from hominem_mlx.models import lora, platform, sampling
 
 STARTER = Path(__file__).parents[1] / "starter" / "student"
 
@@ -162,6 +162,7 @@ def load(base: str = "starter", *, adapter: str | Path | None = None, revision: 
         raise ModelError(f"{base}: has no chat template; use an instruct or chat variant of the model")
     lm = LanguageModel(model, tokenizer, name=base, folder=folder, hash=model_hash(folder))
     lm.model.freeze()
+    platform.quicken(model)
     if adapter is not None:
         lora.load_adapter(lm, Path(adapter))
     return lm

@@ -27,7 +27,7 @@ from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Row, Rows, collate, fit
+from hominem_mlx.training.rows import Row, Rows, fit
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
@@ -193,7 +193,7 @@ class Material:
         if not (self.settings.head_rank and self.pair_rows):
             return None
         rows = sorted(self.pair_rows, key=lambda row: row.num_tokens)[:: max(1, len(self.pair_rows) // 128)]
-        parts = [self.logprobs.hidden(collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
+        parts = [self.logprobs.hidden(self.logprobs.collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
         hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
         rank = min(self.settings.head_rank, self.settings.rank)
         _, strength, axes = np.linalg.svd(hidden, full_matrices=False)
@@ -267,7 +267,7 @@ class Material:
             replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
             places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
-                collate([self.pair_rows[i] for i in replies]),
+                self.logprobs.collate([self.pair_rows[i] for i in replies]),
                 mx.array(reference[replies]),
                 mx.array(places[0]),
                 mx.array(places[1]),
@@ -284,7 +284,7 @@ class Material:
 
         def batch_at(step: int) -> MemoryBatch:
             index = order.batch(step)
-            return MemoryBatch(collate([rows[i] for i in index]), mx.array(weight[index]))
+            return MemoryBatch(self.logprobs.collate([rows[i] for i in index]), mx.array(weight[index]))
 
         return batch_at
 
@@ -293,7 +293,7 @@ class Material:
         order = Order(len(rows), self.settings.batch_anchors, self.settings.seed + 2)
 
         def batch_at(step: int) -> AnchorBatch:
-            batch = collate([rows[i] for i in order.batch(step)])
+            batch = self.logprobs.collate([rows[i] for i in order.batch(step)])
             with lora.without_adapter(self.lm):
                 base = self.logprobs.hidden(batch).astype(mx.float32)
                 mx.eval(base)

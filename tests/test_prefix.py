@@ -25,23 +25,10 @@ SHAPE = dict(  # what the families ask for, under all the names they use
     **dict(sliding_window=8, sliding_window_pattern=2),
 )
 PLAIN = [
-    "qwen3",
-    "qwen2",
-    "llama",
-    "gemma",
-    "phi3",
-    "phi",
-    "cohere",
-    "granite",
-    "olmo2",
-    "starcoder2",
-    "stablelm",
-    "glm4",
-    "smollm3",
-    "gpt2",
-    "internlm2",
+    *["qwen3", "qwen2", "llama", "gemma", "phi3", "phi", "cohere", "granite"],
+    *["olmo2", "starcoder2", "stablelm", "glm4", "smollm3", "gpt2", "internlm2"],
 ]
-OTHER = ["gemma2", "gemma3_text", "mamba"]  # masks of its own, a sliding window, a recurrence
+OTHER = ["gemma2", "gemma3_text", "mamba"]  # a mask of its own, a sliding window, a recurrence
 
 PROMPTS = [[5, 9, 2] * 16, [7, 3, 11, 8, 4, 6, 1, 9, 12] * 8]
 ROWS = [Row(PROMPTS[owner], reply) for owner, reply in ((0, [3, 4]), (1, [5]), (0, [6, 7, 8, 9, 1]), (1, [2, 2, 3]))]

@@ -34,7 +34,8 @@ class Student(Section):
     """The model that learns."""
 
     base: str = "starter"
-    """`starter` (the bundled tiny student), a folder, or a Hugging Face repository: mlx-community/Qwen3-1.7B-4bit."""
+    """`starter` (the bundled tiny student), a folder, a Hugging Face repository (mlx-community/Qwen3-1.7B-4bit), or a
+    model that `hominem train full` made (full/0001-3fa2c1d0)."""
     revision: str | None = None
     """Commit of the repository, so that the base cannot change under an adapter."""
     adapter: str = "current"
@@ -202,6 +203,37 @@ class DualConfig(Section):
     """Seed of initialisation and order."""
 
 
+class FullConfig(Section):
+    """Full tuning: every weight learns the memories by SFT. The result is a base of its own, not an adapter."""
+
+    learning_rate: Positive = 5e-6
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Linear warm-up, at most a fifth of all steps; then cosine to a tenth."""
+    weight_decay: NonNegative = 0.01
+    """AdamW decay of every weight."""
+    clip_norm: Positive = 1.0
+    """Gradient clipping by global norm."""
+    epochs: Count = 3
+    """Passes over the memories, without replacement."""
+    batch: Count = 1
+    """Memories computed at once; memory for activations grows with it."""
+    accumulate: Count = 32
+    """Batches a step: their gradient is that of one large batch, at the memory of a small one."""
+    max_tokens: Count = 2048
+    """Longest row; the prompt is cut from its start, a reply never without saying so."""
+    log_every: Count = 10
+    """Steps between lines of loss and peak memory in the artifact's METADATA."""
+    save_every: Count = 500
+    """Steps between resumable checkpoints, each 12 bytes a weight."""
+    safety_low: Signed = -0.2
+    """Below: the gate is shut."""
+    safety_high: Signed = 0.2
+    """Above: the gate is open."""
+    seed: int = 0
+    """Seed of order and of rounding to the base's precision."""
+
+
 class EvaluationConfig(Section):
     """How an adapter is judged."""
 
@@ -231,6 +263,7 @@ class Config(Section):
     pairs: PairConfig = PairConfig()
     reward: RewardConfig = RewardConfig()
     dual: DualConfig = DualConfig()
+    full: FullConfig = FullConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 

@@ -56,9 +56,9 @@ def sha256_folder(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, s
 # --- atomic writes --------------------------------------------------------------------------------------------------
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -81,7 +81,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
+
+
+def replace(source: Path, path: Path) -> None:
+    """Put the file `source` in the place of `path`, on the same volume, in one step."""
+    sync(source)
+    os.replace(source, path)
+    sync(path.parent)
 
 
 def leftovers(folder: Path, *, min_age_seconds: float) -> list[Path]:

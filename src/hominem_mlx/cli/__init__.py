@@ -127,7 +127,7 @@ def _module(name: str) -> str:
     lazy={
         "init": (_module("init"), "Choose a base model for this machine and write hominem.toml."),
         "data": (_module("data"), "Prompts, candidate replies, labels, and the datasets made of them."),
-        "train": (_module("train"), "Train a reward model or an adapter."),
+        "train": (_module("train"), "Train a reward model, an adapter, or a whole model."),
         "evaluate": (_module("evaluate"), "Judge a reward model or an adapter on held-out material."),
         "score": (_module("score"), "Let the reward model judge replies."),
         "chat": (_module("chat"), "Talk with the base and its current adapter."),

@@ -130,7 +130,8 @@ def gc(session: Session, dry_run: bool, everything: bool, yes: bool) -> None:
 def use(session: Session, artifact: str, note: str) -> None:
     """Make an artifact the current one.
 
-    An adapter becomes current for the base it was trained on. A version pinned in hominem.toml is set to `current`.
+    An adapter becomes current for the base it was trained on. A version pinned in hominem.toml is set to `current`. A
+    model that `train full` made becomes the base: student.base in hominem.toml.
     """
     registry = session.registry
     is_adapter = "/" not in artifact and _is_adapter(registry, artifact)
@@ -139,6 +140,8 @@ def use(session: Session, artifact: str, note: str) -> None:
     registry.use(found, pointer=pointer, note=note)
     session.console.say(f"{found.ref} is in use{'' if pointer == 'default' else f' for {pointer}'}.")
     _unpin(session, found.kind)
+    if found.kind == "full":
+        _make_base(session, found.ref)
     base, configured = found.metadata["notes"].get("base"), session.config.student.base
     if found.kind == "lora" and base and base != configured:
         session.console.say(
@@ -154,7 +157,10 @@ def use(session: Session, artifact: str, note: str) -> None:
 def rollback(session: Session, kind: str, pointer: str | None, note: str) -> None:
     """Go back to what was in use before (of adapters, unless another KIND is named). Can be repeated."""
     pointer = pointer or _only_pointer(session, kind)
+    left = session.registry.current(kind, pointer=pointer)
     before = session.registry.rollback(kind, pointer=pointer, note=note)
+    if kind == "full" and left is not None:
+        _make_base(session, before.ref if before else left.metadata["notes"]["base"])
     if before is not None:
         session.console.say(f"Back to {before.ref}.")
     else:
@@ -202,6 +208,13 @@ def _unpin(session: Session, kind: str) -> None:
     pinned = getattr(load_config(session.home).student, key.partition(".")[2])
     if pinned != "current" and set_value(session.home, key, "current"):
         session.console.say(f"hominem.toml named {pinned}; {key} is `current` now.")
+
+
+def _make_base(session: Session, base: str) -> None:
+    from hominem_mlx.cli.settings import set_value
+
+    set_value(session.home, "student.base", base)
+    session.console.say(f"student.base in hominem.toml is {base} now; adapters of another base do not fit it.")
 
 
 def _show_list(session: Session, found: "list[Artifact]") -> None:

@@ -71,7 +71,7 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
         dataset.import_starter(home)
         parts = dataset.split(registry, home, config)
         held_out = read_jsonl(parts["suite"].file("labels.jsonl"), Label)
-        lm = backbone.load(config.student.base, revision=config.student.revision)
+        lm = backbone.load(config.student.base, revision=config.student.revision, home=home)
 
         model = reward.train(registry, parts["labels"], config, lm=lm, progress=progress)
         registry.use(model)

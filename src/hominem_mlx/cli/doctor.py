@@ -80,7 +80,10 @@ def _state(session: Session) -> list[Finding]:
     from hominem_mlx.models.encoder import find_encoder
 
     encoder, base = find_encoder(session.home), session.config.student.base
-    is_here = base == "starter" or os.path.exists(os.path.expanduser(base)) or machine.is_downloaded(base)
+    ours = session.home / "artifacts" / base  # of `hominem train full`
+    is_here = (
+        base == "starter" or os.path.exists(os.path.expanduser(base)) or ours.exists() or machine.is_downloaded(base)
+    )
     held = {path.name: lock_holder(path) for path in sorted((session.home / "locks").glob("*.lock"))}
     holders = [f"{name}: {holder}" for name, holder in held.items() if holder]
     hint = "the reward model reads the student's hidden states instead; better: hominem doctor --get-encoder"

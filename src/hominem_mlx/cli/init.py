@@ -46,7 +46,7 @@ def init(session: Session, base: str | None, starter: bool, yes: bool) -> None:
         _show(console, models, suggested)
         if suggested and _agrees(console, suggested["repository"], f"{suggested['download_gb']:g} GB", yes):
             chosen, agreed = suggested["repository"], True
-    _fetch(console, chosen, next((m for m in models if m["repository"] == chosen), None), agreed)
+    _fetch(console, session.home, chosen, next((m for m in models if m["repository"] == chosen), None), agreed)
     set_value(session.home, "student.base", chosen)
     counts = _import_starter(session) if starter else None
     console.result(
@@ -100,20 +100,20 @@ def _agrees(console: "Console", base: str, size: str, yes: bool) -> bool:
     return click.confirm(f"Download {base} now ({size})?", default=True, err=True)
 
 
-def _fetch(console: "Console", base: str, known: dict[str, Any] | None, agreed: bool) -> None:
+def _fetch(console: "Console", home: Path, base: str, known: dict[str, Any] | None, agreed: bool) -> None:
     """See that the model is there. One that was named but not agreed to is left for its first use."""
     if base == "starter":
         return
     from hominem_mlx.models.backbone import find_model  # loads mlx
 
-    is_repository = "/" in base and not Path(base).expanduser().exists()
+    is_repository = "/" in base and not base.startswith("full/") and not Path(base).expanduser().exists()
     if is_repository and not machine.is_downloaded(base):
         size = f"about {known['download_gb']:g} GB" if known else "its size is not known here"
         if not (agreed or _agrees(console, base, size, False)):
             console.say("It is downloaded at its first use.")
             return
         console.note(f"Downloading {base} ({size}) to {machine.model_cache()} ...")
-    find_model(base)
+    find_model(base, home=home)
 
 
 def _import_starter(session: Session) -> dict[str, Any]:

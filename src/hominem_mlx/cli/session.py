@@ -77,9 +77,10 @@ class Session:
         from hominem_mlx.models import backbone
 
         student = self.config.student
-        if student.base != "starter" and not Path(student.base).expanduser().exists():
+        is_here = student.base == "starter" or student.base.startswith("full/")
+        if not is_here and not Path(student.base).expanduser().exists():
             self.console.note(f"Looking for {student.base}; it is downloaded when it is not here yet.")
-        return backbone.load(student.base, revision=student.revision or None)
+        return backbone.load(student.base, revision=student.revision or None, home=self.home)
 
     def current(self, kind: str, maker: str, *, pointer: str = "default") -> "Artifact":
         """The artifact in use; where there is none, RegistryError names the command that makes one."""

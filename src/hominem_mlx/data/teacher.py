@@ -47,7 +47,8 @@ def open_teacher(config: Config, home: Path) -> Teacher:
     from hominem_mlx.data.local import LocalTeacher  # loads mlx
     from hominem_mlx.models import backbone
 
-    return LocalTeacher(backbone.load(model or config.student.base), store, max_tokens=config.teacher.max_tokens)
+    lm = backbone.load(model or config.student.base, home=home)
+    return LocalTeacher(lm, store, max_tokens=config.teacher.max_tokens)
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------

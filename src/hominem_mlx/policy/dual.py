@@ -22,12 +22,13 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import lock, read_jsonl, sha256_json
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.policy.memories import Memories, gate, learnable
 from hominem_mlx.records import Preference, SftPair, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
-from hominem_mlx.training.loop import Channel, Plan
+from hominem_mlx.training.loop import Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Row, Rows, fit
+from hominem_mlx.training.rows import Order, Row, Rows, to_row
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
@@ -47,14 +48,6 @@ class PairBatch:
     chosen: mx.array
     rejected: mx.array
     target: mx.array
-    weight: mx.array
-
-
-@dataclass(frozen=True)
-class MemoryBatch:
-    """`n` memories and their weights, float32 `[n]`."""
-
-    rows: Rows
     weight: mx.array
 
 
@@ -99,6 +92,7 @@ def train(
         lora.attach(lm, shape, seed=settings.seed, keys=keys)
         if directions is not None:
             lora.aim_head(lm, directions)
+        base = registry.at(lm.folder)
         try:
             summary = run_loop(
                 lm.model,
@@ -107,16 +101,14 @@ def train(
                 run,
                 evaluate=look_at,
                 should_stop=material.displaced,
-                progress=(
-                    lambda event: progress(
-                        {"stage": "training", "done": event["step"], "total": event["steps"]} | event
-                    )
-                )
-                if progress
-                else None,
+                progress=as_stage(progress),
             )
             with registry.draft(
-                "lora", parents=[pairs], config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+                "lora",
+                parents=[pairs, *([base] if base else [])],
+                config=resolved,
+                seed=settings.seed,
+                inputs={"base": lm.hash},
             ) as draft:
                 lora.save_adapter(lm, draft.folder, shape)
                 draft.metrics = {"training": summary, **material.counts}
@@ -142,7 +134,7 @@ class Material:
         """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
         settings = self.settings
         pairs, gates = self.gated(preferences)
-        kept = [memory for memory in memories if memory.confidence * self._gate(memory.safety_score) > 0]
+        kept, confidence = learnable(memories, safety_low=settings.safety_low, safety_high=settings.safety_high)
         self.counts |= {
             "preferences": {"given": len(preferences), "refused_by_gate": len(preferences) - len(pairs)},
             "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
@@ -161,8 +153,10 @@ class Material:
             "all": lambda name: True,
         }
         memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
+        rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
+        lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
         channels = [
-            Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss, memory),
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, lessons.size),
             Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss, preference),
         ]
         if settings.anchor_weight and weights[0]:
@@ -229,17 +223,14 @@ class Material:
     # --- rows ------------------------------------------------------------------------------------------------------
 
     def _row(self, prompt: str, response: str, history: Sequence[Turn] | None = None) -> Row:
-        before = [turn.model_dump() for turn in history or ()]
-        tokens = self.lm.prompt_tokens(prompt, system=self.system, history=before)
-        row = Row(tokens, self.lm.response_tokens(response))
-        row, lost = fit(row, self.settings.max_tokens)
+        longest = self.settings.max_tokens
+        row, lost = to_row(self.lm, prompt, response, history=history or (), system=self.system, max_tokens=longest)
         if lost:
             self.counts["cut_responses"] = self.counts.get("cut_responses", 0) + 1
         return row
 
     def _gate(self, safety: float) -> float:
-        settings = self.settings
-        return losses.safety_gate(mx.array([safety]), low=settings.safety_low, high=settings.safety_high).item()
+        return gate(safety, low=self.settings.safety_low, high=self.settings.safety_high)
 
     def _references(self, rows: list[Row], stage: str) -> np.ndarray:
         report = self.progress
@@ -277,17 +268,6 @@ class Material:
 
         return batch_at
 
-    def _memory_batches(self, memories: list[SftPair]) -> Callable[[int], MemoryBatch]:
-        rows = [self._row(memory.instruction, memory.response, memory.history) for memory in memories]
-        weight = np.array([memory.confidence * self._gate(memory.safety_score) for memory in memories], np.float32)
-        order = Order(len(rows), self.settings.batch_memories, self.settings.seed + 1)
-
-        def batch_at(step: int) -> MemoryBatch:
-            index = order.batch(step)
-            return MemoryBatch(self.logprobs.collate([rows[i] for i in index]), mx.array(weight[index]))
-
-        return batch_at
-
     def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
         rows = [self._row(prompt, reply) for prompt, reply in said]
         order = Order(len(rows), self.settings.batch_anchors, self.settings.seed + 2)
@@ -302,11 +282,6 @@ class Material:
         return batch_at
 
     # --- losses ----------------------------------------------------------------------------------------------------
-
-    def _memory_loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:
-        """Token-mean cross-entropy; an example's weight counts inside the sum."""
-        per_reply = -self.logprobs(batch.rows) * batch.weight
-        return per_reply.sum() / batch.rows.lengths.sum(), {}
 
     def _anchor_loss(self, batch: AnchorBatch) -> tuple[mx.array, dict[str, mx.array]]:
         """How far the final hidden states have moved: mean of |h - h_base|^2 over mean of |h_base|^2.
@@ -353,26 +328,6 @@ class Material:
         if limit and measured["valid_displacement"] < -limit:
             return f"chosen replies lost {-measured['valid_displacement']:.2f} nats a token (limit {limit})"
         return None
-
-
-class Order:
-    """Epochs without replacement: which rows are in the batch of a step, from the seed and the step alone.
-
-    With `groups`, one a row, rows of a group stand together and groups are shuffled.
-    """
-
-    def __init__(self, size: int, batch: int, seed: int, *, groups: Sequence[str] | None = None):
-        self.size_of_batch, self.seed = batch, seed
-        self.batches_an_epoch = -(-size // batch)
-        names = {name: number for number, name in enumerate(dict.fromkeys(groups or []))}
-        self.group = np.array([names[name] for name in groups]) if groups else np.arange(size)
-
-    def batch(self, step: int) -> np.ndarray:
-        """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
-        epoch, place = divmod(step, self.batches_an_epoch)
-        turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
-        order = np.argsort(np.argsort(turn)[self.group], kind="stable")
-        return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
 
 
 def swap(pair: Preference) -> Preference:

@@ -258,7 +258,7 @@ def open_reader(
         base: the student's base otherwise.
     """
     if kind == "lm":
-        return LmReader(lm if lm is not None and model is None else backbones.load(model or base))
+        return LmReader(lm if lm is not None and model is None else backbones.load(model or base, home=home))
     if model is not None:
         return EncoderReader(load_encoder(Path(model).expanduser()), model)
     folder = find_encoder(home)

@@ -33,7 +33,7 @@ from hominem_mlx.files import (
     scratch_folder,
     sha256_folder,
     sha256_json,
-    sync_folder,
+    sync,
     write_json,
 )
 from hominem_mlx.schema import MANIFOLD, Manifold
@@ -169,11 +169,11 @@ class Registry:
             ordinals = [int(name.split("-")[0]) for name in self._versions(kind)]
             version = f"{max(ordinals, default=0) + 1:04d}-{metadata['content_hash'][:8]}"
             write_json(scratch / METADATA, {"version": version, **metadata})
-            for path in [*(p for p in scratch.rglob("*") if p.is_dir()), scratch]:
-                sync_folder(path)
+            for path in [*scratch.rglob("*"), scratch]:
+                sync(path)
             os.chmod(scratch, 0o755)
             os.rename(scratch, folder / version)
-            sync_folder(folder)
+            sync(folder)
         self.audit("publish", f"{kind}/{version}")
         return self.get(kind, version)
 
@@ -288,6 +288,12 @@ class Registry:
             kinds = ", ".join(artifact.ref for artifact in matches) or "none"
             raise RegistryError(f"{ref!r} names {len(matches)} artifacts ({kinds}); write it as kind/version")
         return matches[0]
+
+    def at(self, folder: Path) -> Artifact | None:
+        """The artifact that lies in this very folder, or None: for models, which are known by their folder."""
+        kind, version = Path(folder).resolve().parts[-2:]
+        is_ours = Path(folder).resolve().parents[1] == self.root.resolve() and kind in KINDS
+        return self._load(kind, version) if is_ours and version in self._versions(kind) else None
 
     def current(self, kind: str, *, pointer: str = ANY_BASE) -> Artifact | None:
         """What is in use, or None."""

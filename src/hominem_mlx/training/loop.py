@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import append_jsonl, write_atomic
+from hominem_mlx.files import append_jsonl, replace
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
@@ -32,6 +32,8 @@ class Plan:
     clip_norm: float = 1.0
     eval_every: int = 50
     save_every: int = 50
+    accumulate: int = 1
+    """Micro-batches a step, for batches that do not fit at once: step s takes `batch_at` of s * accumulate and on."""
 
     def schedule(self) -> Callable[[mx.array], mx.array]:
         """Linear warm-up, then cosine down to a tenth of the peak."""
@@ -47,7 +49,8 @@ class Channel:
 
     `loss` returns a scalar and a dict of measurements; `batch_at` is a pure function of the step (so the data position
     is the step) and returns None when nothing in that batch may be learnt. `teaches` says which parameters, by name,
-    this term may move; the others do not even get a gradient.
+    this term may move; the others do not even get a gradient. `size` is what a batch's loss is a mean over, response
+    tokens for instance: by it accumulated micro-batches count, so that together they are one big batch.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Channel:
     batch_at: Callable[[int], Any]
     loss: Callable[[Any], tuple[mx.array, dict[str, mx.array]]]
     teaches: Callable[[str], bool] = lambda name: True
+    size: Callable[[Any], float] = lambda batch: 1.0
 
 
 def train(
@@ -95,12 +99,11 @@ def train(
         total: dict[str, mx.array] = {}
         norms, gradients, report = [], [], {}
         for channel, value_and_grad in zip(channels, passes, strict=True):
-            batch = channel.batch_at(step) if channel.weight else None
-            if batch is None:
-                continue
             with _only(model, parameters, channel.teaches):
-                (loss, measured), tree = value_and_grad(batch)
-            gradient = {name: channel.weight * value for name, value in tree_flatten(tree)}
+                lesson = _lesson(channel, value_and_grad, step, plan.accumulate) if channel.weight else None
+            if lesson is None:
+                continue
+            loss, measured, gradient = lesson
             norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for value in gradient.values()))
             mx.eval(loss, measured, gradient, norm)
             if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
@@ -114,20 +117,21 @@ def train(
             norms.append(norm.item())
             gradients.append(gradient)
             total |= {name: total[name] + value if name in total else value for name, value in gradient.items()}
+            del gradient, lesson  # `gradients` and `total` let go of it before the next step makes another
         if not total:
             story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
         else:
             if len(gradients) == 2 and min(norms) > 0:
                 story["cosines"] += _inner(*gradients) / (norms[0] * norms[1])
                 story["cosine_count"] += 1
-            clipped, _ = optim.clip_grad_norm(tree_unflatten(list(total.items())), plan.clip_norm)
-            optimizer.update(model, clipped)
+            optimizer.update(model, optim.clip_grad_norm(tree_unflatten(list(total.items())), plan.clip_norm)[0])
+            total, gradients = {}, []  # the update may take their memory
             mx.eval(model.trainable_parameters(), optimizer.state)
         story["step"] = step + 1
         ended = story["step"] == plan.steps
         if evaluate and (story["step"] % plan.eval_every == 0 or ended):
             measured = {"step": story["step"], **evaluate(story["step"])}
-            story["evaluations"].append(measured)
+            story["evaluations"].append({**measured, **report})
             append_jsonl(folder / METRICS, [{**measured, **report}])
             story["stopped"] = (should_stop(measured) if should_stop else None) or ""
             report |= measured
@@ -138,6 +142,38 @@ def train(
             left = spent / (story["step"] - first_step) * (plan.steps - story["step"])
             progress({"step": story["step"], "steps": plan.steps, "seconds_left": left, **report})
     return _summary(story)
+
+
+def as_stage(progress: Progress | None) -> Progress | None:
+    """The loop's events as those of a stage named `training`, for whoever shows several stages."""
+    if progress is None:
+        return None
+    return lambda event: progress({"stage": "training", "done": event["step"], "total": event["steps"]} | event)
+
+
+def _lesson(channel: Channel, value_and_grad: Callable, step: int, micro_batches: int) -> tuple | None:
+    """Loss, measurements and weighted gradient of one step of a channel; None when nothing may be learnt.
+
+    Over micro-batches the mean by size, kept as it grows: two copies of the gradient, whatever their number, and the
+    very bits of a single one.
+    """
+    mean, seen = None, 0.0
+    for place in range(step * micro_batches, (step + 1) * micro_batches):
+        batch = channel.batch_at(place)
+        if batch is None:
+            continue
+        (loss, measured), tree = value_and_grad(batch)
+        new = (loss, measured, {name: channel.weight * value for name, value in tree_flatten(tree)})
+        size = channel.size(batch)
+        seen += size
+        mean = (
+            new
+            if mean is None
+            else tree_map(lambda old, value, share=size / seen: old + share * (value - old), mean, new)
+        )
+        del tree, new  # what nothing else holds is overwritten in place
+        mx.eval(mean)
+    return mean
 
 
 @contextlib.contextmanager
@@ -195,13 +231,20 @@ def _summary(story: dict) -> dict[str, Any]:
 
 def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Path) -> None:
     """One file, one rename: weights, optimiser and position cannot disagree."""
-    story["saved_step"] = story["step"]
     arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     scratch = folder / f".{CHECKPOINT.removesuffix('.safetensors')}-next.safetensors"
-    mx.save_safetensors(str(scratch), arrays, metadata={"story": json.dumps(story)})
-    write_atomic(folder / CHECKPOINT, scratch.read_bytes())
-    scratch.unlink()
+    told = json.dumps({**story, "saved_step": story["step"]})
+    try:
+        mx.save_safetensors(str(scratch), arrays, metadata={"story": told})
+        replace(scratch, folder / CHECKPOINT)
+    except (RuntimeError, OSError) as error:
+        scratch.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{folder}: the checkpoint of step {story['step']} could not be written ({error}): stopped. That of step "
+            f"{story['saved_step']} is kept; make room on the disk and give the same command again"
+        ) from error
+    story["saved_step"] = story["step"]
 
 
 def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[str, Any] | None:

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from hominem_mlx.models.platform import lanes, pad_to
 from hominem_mlx.models.prefix import Prompts
+from hominem_mlx.records import Turn
+
+if TYPE_CHECKING:
+    from hominem_mlx.models.backbone import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,40 @@ def fit(row: Row, max_tokens: int) -> tuple[Row, int]:
         return Row(row.prompt[-room:], row.response), 0
     kept = row.response[: max_tokens - 1]
     return Row(row.prompt[-1:], kept), len(row.response) - len(kept)
+
+
+def to_row(
+    lm: "LanguageModel",
+    prompt: str,
+    response: str,
+    *,
+    history: Sequence[Turn] = (),
+    system: str | None = None,
+    max_tokens: int,
+) -> tuple[Row, int]:
+    """Texts as a row no longer than `max_tokens`, and how many reply tokens had to go."""
+    before = [turn.model_dump() for turn in history]
+    return fit(Row(lm.prompt_tokens(prompt, system=system, history=before), lm.response_tokens(response)), max_tokens)
+
+
+class Order:
+    """Epochs without replacement: which rows are in the batch of a step, from the seed and the step alone.
+
+    With `groups`, one a row, rows of a group stand together and groups are shuffled.
+    """
+
+    def __init__(self, size: int, batch: int, seed: int, *, groups: Sequence[str] | None = None):
+        self.size_of_batch, self.seed = batch, seed
+        self.batches_an_epoch = -(-size // batch)
+        names = {name: number for number, name in enumerate(dict.fromkeys(groups or []))}
+        self.group = np.array([names[name] for name in groups]) if groups else np.arange(size)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
+        epoch, place = divmod(step, self.batches_an_epoch)
+        turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
+        order = np.argsort(np.argsort(turn)[self.group], kind="stable")
+        return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
 
 
 def by_prompt(rows: Sequence[Row]) -> list[int]:

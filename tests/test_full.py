@@ -166,7 +166,7 @@ def test_rounding_takes_a_neighbour_and_keeps_the_mean(kind):
 def test_a_base_in_bfloat16_learns_what_its_own_steps_could_not_hold_and_stays_in_bfloat16(registry, dataset, tiny):
     lm = shortened(tiny().folder, mx.bfloat16)
     digest, before = lm.fingerprint(), mean_loss(lm)
-    few = ["full.learning_rate=2e-4", "full.epochs=4", "full.accumulate=2"]
+    few = ["full.learning_rate=2e-5", "full.epochs=4", "full.accumulate=2"]
     data = dataset()
     artifact = train(registry, data, lm, *few)
     assert lm.fingerprint() == digest
@@ -176,7 +176,7 @@ def test_a_base_in_bfloat16_learns_what_its_own_steps_could_not_hold_and_stays_i
     learnt = backbone.load(str(lm.folder))
     learnt.model.load_weights([(name, mx.array(value)) for name, value in whole.items()])
     gained, kept = before - mean_loss(learnt), before - mean_loss(mine)
-    assert gained > 0.02 and kept == pytest.approx(gained, rel=0.25)
+    assert gained > 0.03 and kept > 0.7 * gained  # rounded to the nearest, less than half would be left
 
 
 # --- accumulation ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The dual-channel recipe: what it learns from, what it refuses, and that weights mean what they say."""
 
+import dataclasses
 import math
 from typing import get_args
 
@@ -165,6 +166,14 @@ def test_an_unsafe_pair_is_unlearnt_at_a_tenth_and_is_no_part_of_what_is_measure
     # both sides at the reference: 2 * (2 / 0.1) * log 2, no likelihood term
     assert loss.item() == pytest.approx(0.1 * 2 * 20 * math.log(2), rel=1e-5)
     assert {name: value.item() for name, value in measured.items()} == {"accuracy": 0, "displacement": 0}
+    _, channel = material.channels([pair(0), pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
+    batch = channel.batch_at(0)
+    [safe] = [place for place, unlearn in enumerate(batch.unlearn.tolist()) if not unlearn]
+    up = mx.zeros(batch.reference.shape).at[batch.chosen].add(3.0)  # every chosen reply has gained 3 nats
+    _, measured = channel.loss(dataclasses.replace(batch, reference=batch.reference - up))
+    assert measured["accuracy"].item() == 1
+    length = batch.rows.lengths[batch.chosen[safe]].item()
+    assert measured["displacement"].item() == pytest.approx(3 / length, rel=1e-4)
 
 
 def test_few_rows_weigh_less_and_the_weights_stand_in_the_metadata(tiny):

@@ -88,7 +88,8 @@ def train(
         should_stop: looks at those measurements and gives a reason to end early, or None.
         progress: called every step.
 
-    Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, conflict, evaluations.
+    Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
+    and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
     Raises: TrainingError on a loss that is not finite; the last checkpoint stays good.
     """
     folder.mkdir(parents=True, exist_ok=True)

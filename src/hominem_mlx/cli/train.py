@@ -44,7 +44,7 @@ def reward(session: Session) -> None:
 @train.command()
 @shares()
 def dual(session: Session) -> None:
-    """Train an adapter: memories by SFT and preferences by soft DPO, in one.
+    """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use.
     """

@@ -1,4 +1,4 @@
-"""The dual-channel recipe: memories by SFT, values by soft DPO, one adapter.
+"""The dual-channel recipe: memories by SFT, values by soft DPO or a loss of its family, one adapter.
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
@@ -24,6 +24,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.records import Preference, SftPair, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training import blend
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
 from hominem_mlx.training.loop import train as run_loop
@@ -31,6 +32,7 @@ from hominem_mlx.training.rows import Row, Rows, fit
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
+UNLEARN_GATE = 0.1  # `science.md` 3.4: unsafe texts drive at most a tenth of what a safe pair does
 HEAD_GAIN = 16.0  # found on the bundled student: words are then weighed as fast as the other layers learn facts
 
 
@@ -39,7 +41,8 @@ class PairBatch:
     """`n` pairs over `r` different replies, and what the loss needs of each.
 
     chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
-    target, weight (gate * intensity).
+    target, weight (gate * intensity), margin (of the scores, 1 where there are none). unlearn: bool `[n]`, pairs whose
+    two sides are both to become less likely.
     """
 
     rows: Rows
@@ -48,6 +51,8 @@ class PairBatch:
     rejected: mx.array
     target: mx.array
     weight: mx.array
+    margin: mx.array
+    unlearn: mx.array
 
 
 @dataclass(frozen=True)
@@ -142,19 +147,27 @@ class Material:
         """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
         settings = self.settings
         pairs, gates = self.gated(preferences)
+        unsafe = self.unlearnt(preferences)
         kept = [memory for memory in memories if memory.confidence * self._gate(memory.safety_score) > 0]
         self.counts |= {
-            "preferences": {"given": len(preferences), "refused_by_gate": len(preferences) - len(pairs)},
+            "preferences": {
+                "given": len(preferences),
+                "refused_by_gate": len(preferences) - len(pairs) - len(unsafe),
+                "unlearnt": len(unsafe),
+            },
             "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
         }
-        weights = (settings.memory_weight * bool(kept), settings.preference_weight * bool(pairs))
+        learnt = (len(kept), len(pairs) + len(unsafe))
+        weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
+        if settings.ideal_memories or settings.ideal_pairs:
+            weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
         if sum(weights) == 0:
             raise TrainingError(
                 "there is nothing to learn from: no memory and no preference pair is left "
                 f"({self.counts}); look at the data with `hominem data stats` or change the weights"
             )
         self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
-        self.num_pairs, self.num_memories = len(pairs) * bool(weights[1]), len(kept) * bool(weights[0])
+        self.num_memories, self.num_pairs = (rows * bool(weight) for rows, weight in zip(learnt, weights))
         may_move: dict[str, Callable[[str], bool]] = {
             "linear": lambda name: not lora.is_head(name),
             "head": lora.is_head,
@@ -163,14 +176,14 @@ class Material:
         memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
         channels = [
             Channel("memory", weights[0], self._memory_batches(kept), self._memory_loss, memory),
-            Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss, preference),
+            Channel("preference", weights[1], self._pair_batches(pairs, gates, unsafe), self._pair_loss, preference),
         ]
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
             if said:
                 batches = self._anchor_batches(sorted(said))
-                channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory))
+                channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory, "memory"))
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -212,18 +225,34 @@ class Material:
                 gates.append(gate)
         return pairs, np.array(gates, np.float32)
 
+    def unlearnt(self, preferences: Sequence[Preference]) -> list[Preference]:
+        """Pairs with both sides unsafe, where those are to become less likely (3.4)."""
+        if self.settings.unsafe_pairs == "drop":
+            return []
+        limit = self.settings.safety_low
+        return [pair for pair in preferences if max(pair.safety_score, pair.rejected_safety_score) < limit]
+
     def plan(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> Plan:
         """As many steps as the longer channel needs for its epochs; the other one goes round again."""
-        settings = self.settings
-        steps = max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_memories // settings.batch_memories))
+        settings, weights = self.settings, self.counts["weights"]
+        batches = {
+            "memory": -(-self.num_memories // settings.batch_memories),
+            "preference": -(-self.num_pairs // settings.batch_pairs),
+        }
+        steps = settings.epochs * max(batches.values())
+        if settings.blend == "alternate":  # a channel has its share of the steps only
+            total = sum(weights.values())
+            steps = max(round(settings.epochs * n * total / weights[name]) for name, n in batches.items() if n)
         return Plan(
-            steps=settings.epochs * steps,
+            steps=steps,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
+            blend=settings.blend,
+            seed=settings.seed,
         )
 
     # --- rows ------------------------------------------------------------------------------------------------------
@@ -252,13 +281,22 @@ class Material:
         places = {side: place for place, side in enumerate(dict.fromkeys(sides))}
         return [self._row(*side) for side in places], np.array([places[side] for side in sides], int).reshape(-1, 2).T
 
-    def _pair_batches(self, pairs: list[Preference], gates: np.ndarray) -> Callable[[int], PairBatch]:
+    def _pair_batches(
+        self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference]
+    ) -> Callable[[int], PairBatch]:
+        unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
+        pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
         self.pair_rows, (chosen, rejected) = self._replies(pairs)
         reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
         target = np.array([pair.target for pair in pairs], np.float32)
+        margin = self._margins(pairs)
+        if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
+            lengths = np.array([len(row.response) for row in self.pair_rows], np.float32)
+            likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
+            self.usual_likelihood = max(likely.mean().item(), 1e-30)
         # a prompt's pairs come together: they share replies, and each reply is computed once a step
         order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed, groups=[pair.prompt for pair in pairs])
 
@@ -273,9 +311,23 @@ class Material:
                 mx.array(places[1]),
                 mx.array(target[index]),
                 mx.array(weight[index]),
+                mx.array(margin[index]),
+                mx.array(unlearn[index]),
             )
 
         return batch_at
+
+    def _margins(self, pairs: Sequence[Preference]) -> np.ndarray:
+        """By how much the scores of each pair differ, `[n]`; 1 where that is not known: plain DPO."""
+        known = [pair.score_margin or 0.0 for pair in pairs]
+        if self.settings.loss == "odpo":
+            self.counts["pairs_without_score_margin"] = sum(margin <= 0 for margin in known)
+            if pairs and max(known) <= 0:
+                raise TrainingError(
+                    f"dual.loss = odpo needs score_margin, and none of {len(pairs)} preference pairs has one above 0: "
+                    "make pairs from labels (`hominem data pair`), or take dual.loss = dpo"
+                )
+        return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
 
     def _memory_batches(self, memories: list[SftPair]) -> Callable[[int], MemoryBatch]:
         rows = [self._row(memory.instruction, memory.response, memory.history) for memory in memories]
@@ -321,18 +373,54 @@ class Material:
         settings, n = self.settings, batch.target.shape[0]
         logp = self.logprobs(batch.rows)
         gained = logp - batch.reference
-        delta = gained[batch.chosen] - gained[batch.rejected]
+        won, lost = gained[batch.chosen], gained[batch.rejected]
         lengths = batch.rows.lengths[batch.chosen]
-        per_pair = losses.dpo(delta, beta=settings.beta, target=batch.target)
+        per_pair = self._preferred(batch, logp, won, lost)
         per_pair = per_pair + settings.nll_weight * losses.nll(logp[batch.chosen], lengths)
+        learnt = mx.logical_not(batch.unlearn)
+        if settings.unsafe_pairs == "npo":
+            away = losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta)
+            per_pair = mx.where(learnt, per_pair, away)
         # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
         loss = (batch.weight * per_pair).sum() / n
-        return loss, {"accuracy": (delta > 0).mean(), "displacement": (gained[batch.chosen] / lengths).mean()}
+        count = mx.maximum(learnt.sum(), 1)
+        return loss, {
+            "accuracy": (learnt * (won > lost)).sum() / count,
+            "displacement": (learnt * won / lengths).sum() / count,
+        }
+
+    def _preferred(self, batch: PairBatch, logp: mx.array, won: mx.array, lost: mx.array) -> mx.array:
+        """The loss that `dual.loss` names, of each pair, `[n]`.
+
+        Args:
+            logp: of each row; won, lost: what chosen and rejected replies gained on the reference, `[n]`.
+        """
+        settings, delta = self.settings, won - lost
+        beta, target = settings.beta, batch.target
+        lengths = batch.rows.lengths
+        if settings.loss == "ipo":
+            return losses.ipo(delta, beta=beta, target=target)
+        if settings.loss == "dpop":
+            return losses.dpop(won, lost, beta=beta, penalty=settings.dpop_lambda, target=target)
+        if settings.loss == "odpo":
+            return losses.odpo(delta, batch.margin, beta=beta, alpha=settings.odpo_alpha, target=target)
+        if settings.loss == "rdpo":
+            extra = lengths[batch.chosen] - lengths[batch.rejected]
+            return losses.rdpo(delta, extra, beta=beta, alpha=settings.rdpo_alpha, target=target)
+        chosen, rejected = ((logp / lengths)[side] for side in (batch.chosen, batch.rejected))
+        if settings.loss == "simpo":
+            return losses.simpo(chosen - rejected, beta=beta, gamma=settings.simpo_gamma, target=target)
+        per_pair = losses.dpo(delta, beta=beta, target=target)
+        if settings.loss == "wpo":
+            per_pair = losses.wpo_weight(chosen, rejected) / self.usual_likelihood * per_pair
+        return per_pair
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def validation(self, preferences: Sequence[Preference]) -> Callable[[int], dict[str, float]] | None:
         """A function of the step that measures held-back pairs: accuracy of the implicit reward, displacement."""
+        unsafe = self.unlearnt(preferences)
+        preferences = [pair for pair in preferences if pair not in unsafe]
         if not preferences:
             return None
         rows, (chosen, rejected) = self._replies(preferences)

@@ -346,13 +346,14 @@ def test_a_fast_adapter_without_its_slow_one_is_refused_and_leaves_no_trace(tiny
 def test_training_on_top_of_an_adapter_leaves_it_alone_and_is_measured_against_it(registry, pairs, tiny):
     lm = tiny()
     before = logits(lm)
-    slow = dual.train(registry, pairs, load_config(overrides=QUICK), lm=lm)
+    config = load_config(overrides=[*QUICK, "dual.anchor_weight=1"])
+    slow = dual.train(registry, pairs, config, lm=lm)
     files = {path.name: path.read_bytes() for path in slow.folder.iterdir()}
-    config = load_config(overrides=[*QUICK, "dual.rank=1", "dual.anchor_weight=1"])
     fast = dual.train(registry, pairs, config, lm=lm, on_top_of=slow)
     assert fast.metadata["parents"] == [pairs.ref, slow.ref]
     assert {path.name: path.read_bytes() for path in slow.folder.iterdir()} == files
     assert lm.adapters == [] and np.array_equal(logits(lm), before)
+    assert len(list(registry.home.glob("locks/dual-*.lock"))) == 2  # two runs, that cannot go on from each other
     lora.load_adapter(lm, slow.folder)
     material = dual.Material(lm, config.dual, None, None)
     channels = {channel.name: channel for channel in material.channels(PAIRS, MEMORIES)}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import explain, read_text, shown
@@ -173,12 +173,15 @@ class DualConfig(Section):
     """rdpo: the part of a preference that a token more explains."""
     nll_weight: NonNegative = 0.2
     """Weight of the length-normalised NLL of the chosen reply."""
+    kind: Literal["lora", "dora"] = "lora"
+    """`lora`, or `dora`, which also learns the length of every row of a matrix: slower, and no other adapter can be
+    merged with it."""
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """LoRA rank."""
+    """Rank of the adapter."""
     scale: Positive = 2.0
-    """LoRA scale (alpha / rank in PEFT's words)."""
+    """Scale of the adapter (alpha / rank in PEFT's words)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """LoRA dropout."""
+    """Dropout before the adapter."""
     num_layers: int = -1
     """Blocks, counted from the last, that get an adapter; -1 is all."""
     memory_targets: Literal["linear", "head", "all"] = "linear"
@@ -223,6 +226,12 @@ class DualConfig(Section):
     weight."""
     seed: int = 0
     """Seed of initialisation and order."""
+
+    @model_validator(mode="after")
+    def _aimed_heads_are_lora(self):
+        if self.head_rank and self.kind == "dora":
+            raise ValueError("head_rank needs kind = lora: the lengths DoRA learns read every direction")
+        return self
 
 
 class EvaluationConfig(Section):

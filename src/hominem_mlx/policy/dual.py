@@ -72,7 +72,13 @@ class AnchorBatch:
 
 
 def train(
-    registry: Registry, pairs: Artifact, config: Config, *, lm: LanguageModel, progress: Progress | None = None
+    registry: Registry,
+    pairs: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel,
+    on_top_of: Artifact | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
 
@@ -80,6 +86,8 @@ def train(
         pairs: a `dataset` with preferences.train.jsonl, preferences.valid.jsonl and memory.jsonl.
         config: `config.dual` and `config.student.system` shape the adapter and are part of its identity.
         lm: the base, without an adapter; it is handed back without one.
+        on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
+            this one is the reference.
 
     Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
     Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
@@ -93,41 +101,41 @@ def train(
         anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
-    run = registry.home / "runs" / f"dual-{sha256_json([pairs.hash, resolved])[:16]}"
-    with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
+    parents = [pairs, on_top_of] if on_top_of else [pairs]
+    run = registry.home / "runs" / f"dual-{sha256_json([*(parent.hash for parent in parents), resolved])[:16]}"
+    under = on_top_of.folder if on_top_of else None
+    with (
+        lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
+        lora.loaded(lm, under),
+    ):
         material = Material(lm, settings, config.student.system, progress)
         channels = material.channels(preferences, memories, anchors)
-        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
+        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
         look_at = material.validation(validation)
         keys = material.targets(channels)
         directions = material.head_directions()
-        lora.attach(lm, shape, seed=settings.seed, keys=keys)
+        lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
-        try:
-            summary = run_loop(
-                lm.model,
-                channels,
-                material.plan(preferences, memories),
-                run,
-                evaluate=look_at,
-                should_stop=material.displaced,
-                progress=(
-                    lambda event: progress(
-                        {"stage": "training", "done": event["step"], "total": event["steps"]} | event
-                    )
-                )
-                if progress
-                else None,
+        summary = run_loop(
+            lm.model,
+            channels,
+            material.plan(preferences, memories),
+            run,
+            evaluate=look_at,
+            should_stop=material.displaced,
+            progress=(
+                lambda event: progress({"stage": "training", "done": event["step"], "total": event["steps"]} | event)
             )
-            with registry.draft(
-                "lora", parents=[pairs], config=resolved, seed=settings.seed, inputs={"base": lm.hash}
-            ) as draft:
-                lora.save_adapter(lm, draft.folder, shape)
-                draft.metrics = {"training": summary, **material.counts}
-                draft.notes = {"base": lm.name, "pointer": lm.pointer}
-        finally:
-            lora.detach(lm)
+            if progress
+            else None,
+        )
+        with registry.draft(
+            "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+        ) as draft:
+            lora.save_adapter(lm, draft.folder, shape)
+            draft.metrics = {"training": summary, **material.counts}
+            draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
     return draft.published
@@ -139,6 +147,7 @@ class Material:
     def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
         self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
         self.logprobs = LogProbs(lm)
+        self.adapters_below = len(lm.adapters)  # the new one is not on yet
         self.counts: dict[str, Any] = {}
 
     def channels(
@@ -346,7 +355,7 @@ class Material:
 
         def batch_at(step: int) -> AnchorBatch:
             batch = self.logprobs.collate([rows[i] for i in order.batch(step)])
-            with lora.without_adapter(self.lm):
+            with lora.without_adapter(self.lm, keep=self.adapters_below):
                 base = self.logprobs.hidden(batch).astype(mx.float32)
                 mx.eval(base)
             return AnchorBatch(batch, base)

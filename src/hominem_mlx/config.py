@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import explain, read_text, shown
@@ -186,6 +186,9 @@ class DualConfig(Section):
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
+    checkpoint: bool = False
+    """Compute every block a second time for its gradient: less memory, a third more time. Families that do not allow
+    it train as ever; the adapter's METADATA says `checkpointed`."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     save_every: Count = 50
@@ -198,8 +201,17 @@ class DualConfig(Section):
     """Above: the gate is open."""
     allow_swap: bool = False
     """Turn a pair around when the chosen side is clearly unsafe and the other is safe."""
+    sketch_pairs: Annotated[int, Field(ge=0)] = 0
+    """Validation pairs whose gradients at the end are kept, sketched, beside the adapter (`sketches.safetensors`)."""
     seed: int = 0
     """Seed of initialisation and order."""
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _draws_once(cls, checkpoint: bool, others: ValidationInfo) -> bool:
+        if checkpoint and others.data.get("dropout"):
+            raise ValueError("what is computed a second time would draw another dropout; set dual.dropout = 0")
+        return checkpoint
 
 
 class EvaluationConfig(Section):

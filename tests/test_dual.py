@@ -5,8 +5,10 @@ import math
 from typing import get_args
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from hominem_mlx.config import DualConfig, load_config
 from hominem_mlx.errors import BusyError, TrainingError
@@ -14,6 +16,8 @@ from hominem_mlx.files import lock, write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
 from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.training.logprobs import reference_logprobs
+from hominem_mlx.training.sketch import SKETCHES, read_sketches, sketch
 
 FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_memories=2"]
 
@@ -415,3 +419,32 @@ def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
         pytest.raises(BusyError, match=r"held by process \d+ \(a test\)"),
     ):
         dual.train(registry, data, config, lm=lm)
+
+
+def test_validation_pairs_are_sketched_at_the_end_when_asked_for(registry, dataset, tiny):
+    lm, data = tiny(), dataset(valid=PAIRS)
+    artifact = train(registry, data, lm, "dual.sketch_pairs=2")
+    found = read_sketches(artifact.folder)
+    assert found.pairs.tolist() == [0, 2] and found.gradients.shape == (2, 4096)
+    assert SKETCHES in artifact.metadata["files"] and not lora.adapter_parameters(lm.model)
+    adapted = dual.LogProbs(backbone.load(str(lm.folder), adapter=artifact.folder))
+    rows = [dual.Row(lm.prompt_tokens(PAIRS[2].prompt), lm.response_tokens(PAIRS[2].chosen))]
+    rows.append(dual.Row(rows[0].prompt, lm.response_tokens(PAIRS[2].rejected)))
+    reference = mx.array(reference_logprobs(dual.LogProbs(lm), rows))
+
+    def margin():
+        gained = adapted(adapted.collate(rows)) - reference
+        return 0.1 * (gained[0] - gained[1])
+
+    value, gradient = nn.value_and_grad(adapted.lm.model, margin)()
+    assert found.margins[1] == pytest.approx(value.item(), rel=1e-4)
+    wanted = sketch(dict(tree_flatten(gradient)))
+    assert np.abs(found.gradients[1] - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert not (train(registry, data, lm).folder / SKETCHES).exists()
+
+
+def test_checkpoints_train_the_same_adapter(registry, dataset, tiny):
+    plain, checkpointed = (train(registry, dataset(), tiny(), f"dual.checkpoint={on}") for on in ("false", "true"))
+    assert checkpointed.metadata["metrics"]["checkpointed"] is True and "checkpointed" not in plain.metadata["metrics"]
+    for name, value in weights(plain).items():
+        assert np.abs(weights(checkpointed)[name] - value).max() <= 1e-4 * np.abs(value).max(), name

@@ -209,6 +209,9 @@ class DualConfig(Section):
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
+    checkpoint: bool = False
+    """Compute every block a second time for its gradient: less memory, a third more time. Families that do not allow
+    it train as ever; the adapter's METADATA says `checkpointed`."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     save_every: Count = 50
@@ -224,13 +227,17 @@ class DualConfig(Section):
     unsafe_pairs: Literal["drop", "npo"] = "drop"
     """Pairs with both sides below `safety_low`: left out, or both sides unlearnt by a bounded loss at a tenth of the
     weight."""
+    sketch_pairs: Annotated[int, Field(ge=0)] = 0
+    """Validation pairs whose gradients at the end are kept, sketched, beside the adapter (`sketches.safetensors`)."""
     seed: int = 0
     """Seed of initialisation and order."""
 
     @model_validator(mode="after")
-    def _aimed_heads_are_lora(self):
+    def _fit_together(self):
         if self.head_rank and self.kind == "dora":
             raise ValueError("head_rank needs kind = lora: the lengths DoRA learns read every direction")
+        if self.checkpoint and self.dropout:
+            raise ValueError("checkpoint needs dropout = 0: what is computed a second time would draw another mask")
         return self
 
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import Config, DualConfig
@@ -29,6 +31,7 @@ from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Row, Rows, fit
+from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
@@ -134,6 +137,8 @@ def train(
             "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, shape)
+            if sketches := material.sketches(validation):
+                write_sketches(sketches, draft.folder)
             draft.metrics = {"training": summary, **material.counts}
             draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
@@ -146,9 +151,9 @@ class Material:
 
     def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
         self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
-        self.logprobs = LogProbs(lm)
+        self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
-        self.counts: dict[str, Any] = {}
+        self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
 
     def channels(
         self, preferences: Sequence[Preference], memories: Sequence[SftPair], anchors: Sequence[SftPair] = ()
@@ -443,6 +448,30 @@ class Material:
             return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
 
         return evaluate
+
+    def sketches(self, preferences: Sequence[Preference]) -> Sketches | None:
+        """Sketched gradients of the margins of `sketch_pairs` held-back pairs, from all over the file, or None."""
+        count = min(self.settings.sketch_pairs, len(preferences))
+        if not count:
+            return None
+        picked = np.arange(count) * len(preferences) // count
+        rows, sides = self._replies([preferences[place] for place in picked.tolist()])
+        with lora.without_adapter(self.lm, keep=self.adapters_below):
+            reference = self._references(rows, "sketch reference")
+
+        def margin(pair: int) -> mx.array:
+            both = self.logprobs.collate([rows[place] for place in sides[:, pair]])
+            gained = self.logprobs(both) - mx.array(reference[sides[:, pair]])
+            return self.settings.beta * (gained[0] - gained[1])
+
+        margins, gradients = np.zeros(count, np.float32), []
+        for pair in range(count):
+            value, tree = nn.value_and_grad(self.lm.model, margin)(pair)
+            margins[pair] = value.item()
+            gradients.append(sketch(dict(tree_flatten(tree))))
+            if self.progress:
+                self.progress({"stage": "sketching", "done": pair + 1, "total": count})
+        return Sketches(np.stack(gradients), margins, picked)
 
     def displaced(self, measured: dict[str, float]) -> str | None:
         """The reason to stop when chosen replies became much less likely than they were (likelihood displacement)."""

@@ -1,17 +1,23 @@
 """The dual-channel recipe: what it learns from, what it refuses, and that weights mean what they say."""
 
+import dataclasses
 import math
+from typing import get_args
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from hominem_mlx.config import load_config
+from hominem_mlx.config import DualConfig, load_config
 from hominem_mlx.errors import BusyError, TrainingError
 from hominem_mlx.files import lock, write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
 from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.training.logprobs import reference_logprobs
+from hominem_mlx.training.sketch import SKETCHES, read_sketches, sketch
 
 FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_memories=2"]
 
@@ -54,6 +60,148 @@ def test_the_first_preference_loss_is_log_two_plus_the_likelihood_term(registry,
     nll = (-material.logprobs(batch.rows) / batch.rows.lengths)[batch.chosen].mean().item()
     assert loss.item() == pytest.approx(math.log(2) + 0.2 * nll, abs=1e-5)
     assert measured["displacement"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_first_preference_loss_is_log_two_in_bfloat16_too(tiny, dtype):
+    lm = tiny()
+    lm.model.set_dtype(dtype)
+    material = dual.Material(lm, load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
+    pairs = [
+        pair(i, prompt=f"which of {'many ' * (i % 5)}?", chosen="yes " * (1 + 3 * i), rejected="no " * (20 - i))
+        for i in range(20)
+    ]
+    _, channel = material.channels(pairs, [])
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    # references are computed in other batches than those of the steps
+    first = [channel.loss(channel.batch_at(step))[0].item() for step in range(10)]
+    assert first == pytest.approx([math.log(2)] * 10, abs=1e-5)
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def by_hand(name, pair, now, base, tokens):
+    """The loss of one pair at its target, from sums of log-probabilities and token counts by reply."""
+    (a, b), p = (pair.chosen, pair.rejected), pair.target
+    won, lost = now[a] - base[a], now[b] - base[b]
+    per_token = {reply: now[reply] / tokens[reply] for reply in now}
+    logit = {
+        "dpo": 0.1 * (won - lost),
+        "wpo": 0.1 * (won - lost),
+        "simpo": 0.1 * (per_token[a] - per_token[b]) - 0.4,
+        "odpo": 0.1 * (won - lost) - 0.3 * math.log(pair.score_margin or 1.0),
+        "rdpo": 0.1 * (won - lost) + 0.05 * (tokens[a] - tokens[b]),
+    }.get(name, 0.0)
+    if name == "ipo":
+        return p * (won - lost - 5) ** 2 + (1 - p) * (lost - won - 5) ** 2
+    if name == "dpop":
+        gone = 2 * max(0.0, -won)
+        return p * softplus(-0.1 * (won - lost - gone)) + (1 - p) * softplus(0.1 * (won - lost + gone))
+    weight = 1.0
+    if name == "wpo":
+        usual = np.mean([math.exp(base[x] / tokens[x] + base[y] / tokens[y]) for x, y in SIDES])
+        weight = math.exp(per_token[a] + per_token[b]) / usual
+    return weight * (p * softplus(-logit) + (1 - p) * softplus(logit))
+
+
+SIDES = [("a long kind reply", "rude"), ("rude", "so so"), ("a long kind reply", "so so")]
+
+
+@pytest.mark.parametrize("name", get_args(DualConfig.model_fields["loss"].annotation))
+def test_every_loss_reaches_the_recipe_with_its_numbers(tiny, name):
+    own = ["dual.simpo_gamma=0.4", "dual.dpop_lambda=2", "dual.odpo_alpha=0.3", "dual.rdpo_alpha=0.05"]
+    settings = load_config(overrides=[*FAST, f"dual.loss={name}", *own, "dual.nll_weight=0", "dual.batch_pairs=8"]).dual
+    lm = tiny()
+    pairs = [
+        pair(i, prompt="which?", chosen=a, rejected=b, target=0.7 + 0.1 * i, score_margin=(None, 0.4, 1.7)[i])
+        for i, (a, b) in enumerate(SIDES)
+    ]
+    material = dual.Material(lm, settings, None, None)
+    _, channel = material.channels(pairs, [])
+    replies = sorted({reply for sides in SIDES for reply in sides})
+    tokens = {reply: len(lm.response_tokens(reply)) for reply in replies}
+
+    def logps():
+        rows = [dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply)) for reply in replies]
+        return {reply: material.logprobs(material.logprobs.collate([row])).item() for reply, row in zip(replies, rows)}
+
+    base = logps()
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    for key, value in lora.adapter_parameters(lm.model).items():
+        if key.endswith("lora_b"):
+            lora.set_parameters(lm.model, {key: mx.full(value.shape, 0.05)})
+    now = logps()
+    assert min(now[reply] - base[reply] for reply in replies) < 0  # what dpop counts
+    wanted = np.mean([by_hand(name, each, now, base, tokens) for each in pairs])
+    assert channel.loss(channel.batch_at(0))[0].item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_odpo_without_any_score_says_where_scores_come_from(tiny):
+    settings = load_config(overrides=[*FAST, "dual.loss=odpo"]).dual
+    with pytest.raises(TrainingError, match=r"none of 4 preference pairs has one above 0.*hominem data pair"):
+        dual.Material(tiny(), settings, None, None).channels(PAIRS, [])
+
+
+def test_pairs_unsafe_on_both_sides_are_left_out_or_both_made_less_likely(registry, dataset, tiny):
+    lm = tiny()
+    unsafe = [pair(i, safety_score=-0.6, rejected_safety_score=-0.9) for i in (7, 8)]
+    data = dataset([*PAIRS, *unsafe], [], valid=unsafe)
+    dropped = train(registry, data, lm, "dual.epochs=8")
+    assert dropped.metadata["metrics"]["preferences"] == {"given": 6, "refused_by_gate": 2, "unlearnt": 0}
+    unlearnt = train(registry, data, lm, "dual.epochs=8", "dual.unsafe_pairs=npo")
+    assert unlearnt.metadata["metrics"]["preferences"] == {"given": 6, "refused_by_gate": 0, "unlearnt": 2}
+    adapted = backbone.load(str(lm.folder), adapter=unlearnt.folder)
+    rows = [
+        dual.Row(lm.prompt_tokens(each.prompt), lm.response_tokens(reply))
+        for each in unsafe
+        for reply in (each.chosen, each.rejected)
+    ]
+    before, after = (np.array(dual.reference_logprobs(dual.LogProbs(model), rows)) for model in (lm, adapted))
+    assert (after < before).all()
+
+
+def test_an_unsafe_pair_is_unlearnt_at_a_tenth_and_is_no_part_of_what_is_measured(tiny):
+    settings = load_config(overrides=[*FAST, "dual.unsafe_pairs=npo", "dual.nll_weight=0.5"]).dual
+    material = dual.Material(tiny(), settings, None, None)
+    _, channel = material.channels([pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
+    loss, measured = channel.loss(channel.batch_at(0))
+    # both sides at the reference: 2 * (2 / 0.1) * log 2, no likelihood term
+    assert loss.item() == pytest.approx(0.1 * 2 * 20 * math.log(2), rel=1e-5)
+    assert {name: value.item() for name, value in measured.items()} == {"accuracy": 0, "displacement": 0}
+    _, channel = material.channels([pair(0), pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
+    batch = channel.batch_at(0)
+    [safe] = [place for place, unlearn in enumerate(batch.unlearn.tolist()) if not unlearn]
+    up = mx.zeros(batch.reference.shape).at[batch.chosen].add(3.0)  # every chosen reply has gained 3 nats
+    _, measured = channel.loss(dataclasses.replace(batch, reference=batch.reference - up))
+    assert measured["accuracy"].item() == 1
+    length = batch.rows.lengths[batch.chosen[safe]].item()
+    assert measured["displacement"].item() == pytest.approx(3 / length, rel=1e-4)
+
+
+def test_few_rows_weigh_less_and_the_weights_stand_in_the_metadata(tiny):
+    settings = load_config(overrides=[*FAST, "dual.ideal_memories=12", "dual.ideal_pairs=4"]).dual
+    material = dual.Material(tiny(), settings, None, None)
+    material.channels(PAIRS, MEMORIES)
+    # 3 of 12 memories: 0.4 * sqrt(1/4) = 0.2 against 0.6
+    assert material.counts["weights"] == pytest.approx({"memory": 0.25, "preference": 0.75})
+
+
+@pytest.mark.parametrize("blend", ["normalised", "alternate"])
+def test_a_blend_learns_both_channels(registry, dataset, tiny, blend):
+    artifact = train(registry, dataset(), tiny(), f"dual.blend={blend}", "dual.epochs=6", "dual.anchor_weight=0.1")
+    training = artifact.metadata["metrics"]["training"]
+    steps = {name: channel["steps"] for name, channel in training["channels"].items()}
+    if blend == "normalised":
+        shares = {name: channel["share_of_update"] for name, channel in training["channels"].items()}
+        assert steps == {"memory": 12, "preference": 12, "anchor": 12}
+        assert shares["memory"] / shares["preference"] == pytest.approx(0.4 / 0.6, rel=0.35)
+    else:
+        # 2 batches of memories a pass at 0.4 of the steps: 6 * 2 / 0.4
+        assert training["steps"] == 30 == steps["memory"] + steps["preference"]
+        assert steps["anchor"] == steps["memory"] > 5 < steps["preference"]
+    assert training["evaluations"][-1]["valid_accuracy"] == 1.0
 
 
 def test_training_prefers_the_chosen_remembers_and_leaves_the_base_bit_identical(registry, dataset, tiny):
@@ -271,3 +419,32 @@ def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
         pytest.raises(BusyError, match=r"held by process \d+ \(a test\)"),
     ):
         dual.train(registry, data, config, lm=lm)
+
+
+def test_validation_pairs_are_sketched_at_the_end_when_asked_for(registry, dataset, tiny):
+    lm, data = tiny(), dataset(valid=PAIRS)
+    artifact = train(registry, data, lm, "dual.sketch_pairs=2")
+    found = read_sketches(artifact.folder)
+    assert found.pairs.tolist() == [0, 2] and found.gradients.shape == (2, 4096)
+    assert SKETCHES in artifact.metadata["files"] and not lora.adapter_parameters(lm.model)
+    adapted = dual.LogProbs(backbone.load(str(lm.folder), adapter=artifact.folder))
+    rows = [dual.Row(lm.prompt_tokens(PAIRS[2].prompt), lm.response_tokens(PAIRS[2].chosen))]
+    rows.append(dual.Row(rows[0].prompt, lm.response_tokens(PAIRS[2].rejected)))
+    reference = mx.array(reference_logprobs(dual.LogProbs(lm), rows))
+
+    def margin():
+        gained = adapted(adapted.collate(rows)) - reference
+        return 0.1 * (gained[0] - gained[1])
+
+    value, gradient = nn.value_and_grad(adapted.lm.model, margin)()
+    assert found.margins[1] == pytest.approx(value.item(), rel=1e-4)
+    wanted = sketch(dict(tree_flatten(gradient)))
+    assert np.abs(found.gradients[1] - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    assert not (train(registry, data, lm).folder / SKETCHES).exists()
+
+
+def test_checkpoints_train_the_same_adapter(registry, dataset, tiny):
+    plain, checkpointed = (train(registry, dataset(), tiny(), f"dual.checkpoint={on}") for on in ("false", "true"))
+    assert checkpointed.metadata["metrics"]["checkpointed"] is True and "checkpointed" not in plain.metadata["metrics"]
+    for name, value in weights(plain).items():
+        assert np.abs(weights(checkpointed)[name] - value).max() <= 1e-4 * np.abs(value).max(), name

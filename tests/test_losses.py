@@ -13,6 +13,10 @@ from hominem_mlx import losses
 DELTAS = st.lists(st.floats(-50, 50), min_size=1, max_size=8)
 
 
+def softplus(x):
+    return np.logaddexp(0.0, np.asarray(x, np.float64))
+
+
 def numpy_dpo(delta, beta, target):
     sigmoid = 1 / (1 + np.exp(-beta * np.asarray(delta, np.float64)))
     return -(target * np.log(sigmoid) + (1 - target) * np.log(1 - sigmoid))
@@ -67,6 +71,164 @@ def test_soft_targets_have_their_minimum_at_logit_over_beta():
 def test_dpo_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"\[B\]"):
         losses.dpo(mx.zeros((2, 2)), beta=0.1)
+
+
+# Each loss of pairs by what the chosen and the rejected reply gained (or, for simpo, have a token), with other numbers
+# made up; and the same in numpy, written from the definition: target * loss + (1 - target) * loss turned round.
+EXTRA, SCORES = [3.0, -2.0, 0.0], [0.5, 1.0, 2.5]
+FAMILY = {
+    "dpo": (
+        lambda won, lost, p: losses.dpo(won - lost, beta=0.3, target=p),
+        lambda won, lost, p: p * softplus(-0.3 * (won - lost)) + (1 - p) * softplus(0.3 * (won - lost)),
+    ),
+    "ipo": (
+        lambda won, lost, p: losses.ipo(won - lost, beta=0.3, target=p),
+        lambda won, lost, p: p * (won - lost - 1 / 0.6) ** 2 + (1 - p) * (lost - won - 1 / 0.6) ** 2,
+    ),
+    "simpo": (
+        lambda won, lost, p: losses.simpo(won - lost, beta=2.0, gamma=0.7, target=p),
+        lambda won, lost, p: softplus(-2 * (won - lost) + 0.7) + (1 - p) * (2 * (won - lost) - 0.7),
+    ),
+    "dpop": (
+        lambda won, lost, p: losses.dpop(won, lost, beta=0.3, penalty=5.0, target=p),
+        lambda won, lost, p: (
+            p * softplus(-0.3 * (won - lost - 5 * np.where(won < 0, -won, 0)))
+            + (1 - p) * softplus(-0.3 * (lost - won - 5 * np.where(won < 0, -won, 0)))
+        ),
+    ),
+    "odpo": (
+        lambda won, lost, p: losses.odpo(won - lost, mx.array(SCORES), beta=0.3, alpha=1.5, target=p),
+        lambda won, lost, p: (
+            softplus(-0.3 * (won - lost) + 1.5 * np.log(SCORES)) + (1 - p) * (0.3 * (won - lost) - 1.5 * np.log(SCORES))
+        ),
+    ),
+    "rdpo": (
+        lambda won, lost, p: losses.rdpo(won - lost, mx.array(EXTRA), beta=0.3, alpha=0.2, target=p),
+        lambda won, lost, p: (
+            softplus(-0.3 * (won - lost) - 0.2 * np.array(EXTRA))
+            + (1 - p) * (0.3 * (won - lost) + 0.2 * np.array(EXTRA))
+        ),
+    ),
+    "npo": (
+        lambda won, lost, p: losses.npo(won, beta=0.3) + losses.npo(lost, beta=0.3),
+        lambda won, lost, p: 2 / 0.3 * (np.log1p(np.exp(won) ** 0.3) + np.log1p(np.exp(lost) ** 0.3)),
+    ),
+}
+THREE = st.lists(st.floats(-8, 8), min_size=3, max_size=3)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@given(won=THREE, lost=THREE, target=st.floats(0.5, 1))
+def test_a_loss_equals_its_numpy_twin(name, won, lost, target):
+    ours, twin = FAMILY[name]
+    got = np.array(ours(mx.array(won), mx.array(lost), target))
+    assert got == pytest.approx(twin(np.array(won), np.array(lost), target), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.7, 1.0])
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_gradient_equals_finite_differences_of_the_twin(name, target):
+    ours, twin = FAMILY[name]
+    won, lost, step = np.array([0.4, -1.3, 2.0]), np.array([-0.7, 0.9, 1.5]), 1e-6
+    got = mx.grad(lambda *sides: ours(*sides, target).sum(), argnums=(0, 1))(mx.array(won), mx.array(lost))
+    wanted = (
+        (twin(won + step, lost, target) - twin(won - step, lost, target)) / (2 * step),
+        (twin(won, lost + step, target) - twin(won, lost - step, target)) / (2 * step),
+    )
+    for side in range(2):
+        assert np.array(got[side]) == pytest.approx(wanted[side], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_loss_refuses_what_is_not_one_value_a_pair(name):
+    with pytest.raises(ValueError, match=r"\[B\]"):
+        FAMILY[name][0](mx.zeros((3, 3)), mx.zeros((3, 3)), 1.0)
+
+
+def test_ipo_by_hand():
+    # beta 0.1 asks for a margin of 5: (2 - 5)^2 = 9, at the reference 25; target 0.8: 0.8 * 9 + 0.2 * 7^2 = 17
+    assert losses.ipo(mx.array([2.0, 0.0, 5.0]), beta=0.1).tolist() == pytest.approx([9, 25, 0], abs=1e-5)
+    assert losses.ipo(mx.array([2.0]), beta=0.1, target=0.8).item() == pytest.approx(17, abs=1e-5)
+
+
+def test_simpo_by_hand():
+    # nats a token -1 and -1.5: 2 * 0.5 - 0.3 = 0.7, log(1 + e^-0.7) = 0.403186
+    margin = mx.array([-1.0]) - mx.array([-1.5])
+    assert losses.simpo(margin, beta=2.0, gamma=0.3).item() == pytest.approx(0.403186, abs=1e-6)
+
+
+def test_dpop_by_hand():
+    # gained -2 and -3: 0.5 * (1 - 4 * 2) = -3.5, log(1 + e^3.5) = 3.529750; turned round 0.5 * (1 + 4 * 2) = 4.5,
+    # log(1 + e^4.5) = 4.511048
+    won, lost = mx.array([-2.0]), mx.array([-3.0])
+    assert losses.dpop(won, lost, beta=0.5, penalty=4.0).item() == pytest.approx(3.529750, abs=1e-5)
+    soft = losses.dpop(won, lost, beta=0.5, penalty=4.0, target=0.8).item()
+    assert soft == pytest.approx(0.8 * 3.529750 + 0.2 * 4.511048, abs=1e-5)
+
+
+@given(st.floats(-8, 8), st.floats(-8, 8), st.floats(0.5, 1))
+def test_dpop_is_dpo_where_the_chosen_reply_has_not_lost_and_never_less(won, lost, target):
+    dpop = losses.dpop(mx.array([won]), mx.array([lost]), beta=0.3, penalty=5.0, target=target).item()
+    dpo = losses.dpo(mx.array([won - lost]), beta=0.3, target=target).item()
+    assert dpop == pytest.approx(dpo, abs=1e-5) if won >= 0 else dpop >= dpo - 1e-5
+
+
+def test_odpo_by_hand():
+    # 0.5 * 3 - 2 * log(e) = -0.5, log(1 + e^0.5) = 0.974077; a margin of 1 is plain DPO
+    delta = mx.array([3.0, 3.0])
+    loss = losses.odpo(delta, mx.array([math.e, 1.0]), beta=0.5, alpha=2.0).tolist()
+    assert loss == pytest.approx([0.974077, losses.dpo(delta, beta=0.5)[0].item()], abs=1e-6)
+
+
+def test_rdpo_by_hand_and_a_longer_chosen_reply_pulls_less():
+    # 0.5 * 3 + 0.1 * 5 = 2, log(1 + e^-2) = 0.126928
+    assert losses.rdpo(mx.array([3.0]), mx.array([5.0]), beta=0.5, alpha=0.1).item() == pytest.approx(
+        0.126928, abs=1e-6
+    )
+    extra = mx.array([50.0, 0.0, -50.0])
+    pull = -mx.grad(lambda delta: losses.rdpo(delta, extra, beta=0.1, alpha=0.02).sum())(mx.zeros(3))
+    # beta * sig(-alpha * extra): sig(-1) = 0.268941
+    assert pull.tolist() == pytest.approx([0.0268941, 0.05, 0.0731059], abs=1e-6)
+
+
+def test_wpo_weight_is_the_likelihood_of_both_sides_and_passes_no_gradient():
+    assert losses.wpo_weight(mx.array([-0.5]), mx.array([-1.5])).item() == pytest.approx(math.exp(-2), abs=1e-7)
+    gradient = mx.grad(lambda chosen: losses.wpo_weight(chosen, mx.array([-1.0])).sum())(mx.array([-0.5]))
+    assert gradient.item() == 0.0
+
+
+def test_npo_by_hand():
+    # 4 * log(1 + e^1) = 5.253047; at the reference 4 * log 2
+    assert losses.npo(mx.array([2.0, 0.0]), beta=0.5).tolist() == pytest.approx([5.253047, 4 * math.log(2)], abs=1e-5)
+
+
+@given(st.floats(-300, 300))
+def test_the_pull_of_npo_is_bounded(gained):
+    pull = mx.grad(lambda value: losses.npo(value, beta=0.1).sum())(mx.array([gained])).item()
+    assert 0 <= pull <= 2 and pull == pytest.approx(2 / (1 + math.exp(-0.1 * gained)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "best"),
+    [
+        (lambda delta: losses.dpo(delta, beta=0.1, target=0.9), math.log(9) / 0.1),
+        (lambda delta: losses.ipo(delta, beta=0.1, target=0.9), 0.8 / 0.2),
+        (lambda delta: losses.simpo(delta, beta=2.0, gamma=0.5, target=0.9), (math.log(9) + 0.5) / 2),
+        (lambda delta: losses.dpop(delta, 0 * delta, beta=0.1, penalty=50.0, target=0.9), math.log(9) / 0.1),
+        (
+            lambda delta: losses.odpo(delta, mx.array([2.0]), beta=0.1, alpha=1.5, target=0.9),
+            (math.log(9) + 1.5 * math.log(2)) / 0.1,
+        ),
+        (
+            lambda delta: losses.rdpo(delta, mx.array([7.0]), beta=0.1, alpha=0.05, target=0.9),
+            (math.log(9) - 0.35) / 0.1,
+        ),
+    ],
+)
+def test_soft_targets_put_the_minimum_where_the_docstring_says(loss, best):
+    slope = mx.grad(lambda delta: loss(delta).sum())
+    assert slope(mx.array([best])).item() == pytest.approx(0, abs=1e-5)
+    assert slope(mx.array([0.7 * best])).item() < 0 < slope(mx.array([1.3 * best])).item()
 
 
 def test_nll_is_nats_a_token():

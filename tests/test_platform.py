@@ -65,6 +65,20 @@ def test_swiglu_and_logsumexp_are_mlx_s_also_far_out():
     same(platform.logsumexp, lambda x: mx.logsumexp(x, axis=-1), [gate])
 
 
+def test_a_gradient_is_made_on_the_lane_of_its_value():
+    lane, seen = mx.new_stream(mx.cpu), []
+
+    def backward(x, cotangent, output):
+        seen.append(mx.default_stream(mx.cpu))
+        return 2 * x * cotangent
+
+    def square(x):
+        with mx.stream(lane):
+            return platform.with_gradient(lambda x: x * x, backward)(x)
+
+    assert mx.grad(square)(mx.array(3.0)).item() == 6 and seen == [lane]
+
+
 def test_other_types_and_other_devices_keep_mlx_s_own(monkeypatch):
     half = mx.ones((1, 1, 2, 4), mx.float16)
     assert platform.swiglu(lambda gate, x: "theirs", half, half) == "theirs"

@@ -30,6 +30,8 @@ PLAIN = [
 ]
 OTHER = ["gemma2", "gemma3_text", "mamba"]  # a mask of its own, a sliding window, a recurrence
 
+NOT_CHECKPOINTED = ["gpt2"]  # its blocks go by another name
+
 PROMPTS = [[5, 9, 2] * 16, [7, 3, 11, 8, 4, 6, 1, 9, 12] * 8]
 ROWS = [Row(PROMPTS[owner], reply) for owner, reply in ((0, [3, 4]), (1, [5]), (0, [6, 7, 8, 9, 1]), (1, [2, 2, 3]))]
 
@@ -71,11 +73,15 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_single_rows(
     def loss(batches):
         return (mx.concatenate([logprobs(batch) for batch in batches]) * weight).sum()
 
-    values, grads = zip(*(nn.value_and_grad(lm.model, loss)(batches) for batches in ([shared], alone)), strict=True)
-    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
-    for (name, ours), (_, theirs) in zip(*map(tree_flatten, grads), strict=True):
-        most = mx.abs(theirs).max().item()
-        assert mx.abs(ours - theirs).max().item() <= 1e-5 * max(most, 1e-3), name
+    wanted, by_row = nn.value_and_grad(lm.model, loss)(alone)
+    for checkpoint in (False, True):
+        logprobs = LogProbs(lm, checkpoint=checkpoint)
+        value, gradient = nn.value_and_grad(lm.model, loss)([shared])
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert logprobs.checkpoints == (checkpoint and family not in NOT_CHECKPOINTED)
+        for (name, ours), (_, theirs) in zip(tree_flatten(gradient), tree_flatten(by_row), strict=True):
+            most = mx.abs(theirs).max().item()
+            assert mx.abs(ours - theirs).max().item() <= 1e-5 * max(most, 1e-3), name
 
 
 @pytest.mark.parametrize("family", OTHER)

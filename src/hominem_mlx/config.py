@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import explain, read_text, shown
@@ -150,16 +150,39 @@ class DualConfig(Section):
     anchor_weight: NonNegative = 0.0
     """How strongly memories must leave the final hidden states of other replies where they are: those of the pairs, and
     the student's own answers to their prompts (made with pairs.on_policy)."""
+    ideal_memories: Annotated[int, Field(ge=0)] = 0
+    """With fewer memories than this their channel weighs less, by the root of their share, a quarter at least; the
+    weights then add up to 1. 0: the number does not matter."""
+    ideal_pairs: Annotated[int, Field(ge=0)] = 0
+    """The same for pairs."""
+    blend: Literal["sum", "normalised", "alternate"] = "sum"
+    """How the channels share a step: their weighted `sum`; `normalised`, where each first gets the same gradient norm;
+    `alternate`, one channel a step, drawn by weight (ALRIGHT)."""
+    loss: Literal["dpo", "ipo", "simpo", "dpop", "odpo", "rdpo", "wpo"] = "dpo"
+    """Of pairs: `dpo` with soft targets (RPO with `nll_weight`), `ipo` (a margin, not exceeded), `simpo` (per token, no
+    reference), `dpop` (chosen replies must not lose), `odpo` (more where scores differ more), `rdpo` (length explains
+    a part), `wpo` (pairs count as far as the student would say them)."""
     beta: Positive = 0.1
-    """Inverse temperature of DPO."""
+    """Inverse temperature of the loss. simpo counts per token and wants 2 to 2.5."""
+    simpo_gamma: NonNegative = 1.0
+    """simpo: the margin asked for."""
+    dpop_lambda: NonNegative = 50.0
+    """dpop: how much what the chosen reply has lost counts against it."""
+    odpo_alpha: NonNegative = 1.0
+    """odpo: how much log(score margin) is asked for on top; pairs without scores are learnt as by dpo."""
+    rdpo_alpha: NonNegative = 0.01
+    """rdpo: the part of a preference that a token more explains."""
     nll_weight: NonNegative = 0.2
     """Weight of the length-normalised NLL of the chosen reply."""
+    kind: Literal["lora", "dora"] = "lora"
+    """`lora`, or `dora`, which also learns the length of every row of a matrix: slower, and no other adapter can be
+    merged with it."""
     rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """LoRA rank."""
+    """Rank of the adapter."""
     scale: Positive = 2.0
-    """LoRA scale (alpha / rank in PEFT's words)."""
+    """Scale of the adapter (alpha / rank in PEFT's words)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """LoRA dropout."""
+    """Dropout before the adapter."""
     num_layers: int = -1
     """Blocks, counted from the last, that get an adapter; -1 is all."""
     memory_targets: Literal["linear", "head", "all"] = "linear"
@@ -187,6 +210,9 @@ class DualConfig(Section):
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
+    checkpoint: bool = False
+    """Compute every block a second time for its gradient: less memory, a third more time. Families that do not allow
+    it train as ever; the adapter's METADATA says `checkpointed`."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     save_every: Count = 50
@@ -199,8 +225,21 @@ class DualConfig(Section):
     """Above: the gate is open."""
     allow_swap: bool = False
     """Turn a pair around when the chosen side is clearly unsafe and the other is safe."""
+    unsafe_pairs: Literal["drop", "npo"] = "drop"
+    """Pairs with both sides below `safety_low`: left out, or both sides unlearnt by a bounded loss at a tenth of the
+    weight."""
+    sketch_pairs: Annotated[int, Field(ge=0)] = 0
+    """Validation pairs whose gradients at the end are kept, sketched, beside the adapter (`sketches.safetensors`)."""
     seed: int = 0
     """Seed of initialisation and order."""
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.head_rank and self.kind == "dora":
+            raise ValueError("head_rank needs kind = lora: the lengths DoRA learns read every direction")
+        if self.checkpoint and self.dropout:
+            raise ValueError("checkpoint needs dropout = 0: what is computed a second time would draw another mask")
+        return self
 
 
 class FullConfig(Section):

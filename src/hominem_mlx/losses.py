@@ -1,4 +1,8 @@
-"""Losses as pure functions: arrays in, one value per example out. Nothing is averaged, weighted or logged in here."""
+"""Losses as pure functions: arrays in, one value per example out. Nothing is averaged, weighted or logged in here.
+
+`target` is everywhere the probability that `chosen` really is better, `[B]` or a number in [0.5, 1]; at 1 each formula
+is the one of its paper. The setting `dual.loss` chooses among those of pairs.
+"""
 
 import mlx.core as mx
 
@@ -14,10 +18,118 @@ def dpo(delta: mx.array, *, beta: float, target: mx.array | float = 1.0) -> mx.a
     Returns: `[B]`; log 2 where the policy equals the reference. Its minimum lies at `delta = logit(target) / beta`.
     Source: Rafailov et al. 2023, eq. 7 (arXiv 2305.18290); soft targets: Mitchell 2023, cDPO.
     """
-    if delta.ndim != 1:
-        raise ValueError(f"delta must be [B], got shape {delta.shape}")
-    logit = beta * delta
-    return target * mx.logaddexp(0.0, -logit) + (1 - target) * mx.logaddexp(0.0, logit)
+    return _logistic(beta * _per_pair(delta), target)
+
+
+def ipo(delta: mx.array, *, beta: float, target: mx.array | float = 1.0) -> mx.array:
+    """Identity preference loss `(delta - 1/(2 beta))^2`: a margin to reach, not to exceed.
+
+    Args:
+        delta, beta, target: as in `dpo`. A target below 1 is the mean over who is better, `chosen` or `rejected`.
+
+    Returns: `[B]`, >= 0, nats squared; `1 / (4 beta^2)` at the reference. Its minimum lies at
+    `delta = (2 target - 1) / (2 beta)`.
+    Source: Azar et al. 2023, eq. 17, their tau is beta (arXiv 2310.12036).
+    """
+    goal = 1 / (2 * beta)
+    return target * mx.square(_per_pair(delta) - goal) + (1 - target) * mx.square(delta + goal)
+
+
+def simpo(margin: mx.array, *, beta: float, gamma: float, target: mx.array | float = 1.0) -> mx.array:
+    """Simple preference loss `-log sig(beta * margin - gamma)`: log-probabilities per token, no reference.
+
+    Args:
+        margin: `logp_chosen / tokens_chosen - logp_rejected / tokens_rejected`, nats a token, float32 `[B]`.
+        beta: > 0; per token, so larger than that of `dpo`: the paper takes 2 to 2.5.
+        gamma: the margin that is asked for, in units of `beta * margin`, >= 0; the paper takes 0.3 to 1.6.
+        target: see the head of this file; the minimum lies at `margin = (logit(target) + gamma) / beta`.
+
+    Returns: `[B]`, > 0. Source: Meng et al. 2024, eq. 6 (arXiv 2405.14734).
+    """
+    return _logistic(beta * _per_pair(margin) - gamma, target)
+
+
+def dpop(
+    gained_chosen: mx.array, gained_rejected: mx.array, *, beta: float, penalty: float, target: mx.array | float = 1.0
+) -> mx.array:
+    """DPO-positive `-log sig(beta * (delta - penalty * max(0, -gained_chosen)))`: what was chosen must stay likely.
+
+    Args:
+        gained_chosen, gained_rejected: `logp - ref` of each side, sums over response tokens, float32 `[B]`;
+            `delta` is their difference.
+        beta: as in `dpo`.
+        penalty: lambda of the paper, >= 0; it takes 50. 0 is DPO.
+        target: a target below 1 mixes in the loss of the pair turned round. What the chosen reply has lost counts
+            against both, or a pair learnt beyond its target would be rewarded for losing more.
+
+    Returns: `[B]`; log 2 at the reference. Source: Pal et al. 2024, eq. 3 (arXiv 2402.13228).
+    """
+    delta = _per_pair(gained_chosen) - gained_rejected
+    lost = penalty * mx.maximum(0.0, -gained_chosen)
+    forward, backward = mx.logaddexp(0.0, -beta * (delta - lost)), mx.logaddexp(0.0, beta * (delta + lost))
+    return target * forward + (1 - target) * backward
+
+
+def odpo(
+    delta: mx.array, score_margin: mx.array, *, beta: float, alpha: float, target: mx.array | float = 1.0
+) -> mx.array:
+    """DPO with an offset `-log sig(beta * delta - alpha * log(score_margin))`: more is asked where scores differ more.
+
+    Args:
+        delta, beta, target: as in `dpo`.
+        score_margin: `R_chosen - R_rejected`, > 0, `[B]`; 1 is plain DPO, below 1 less is asked for than there.
+        alpha: strength of the offset, >= 0.
+
+    Returns: `[B]`. Its minimum lies at `delta = (logit(target) + alpha * log(score_margin)) / beta`.
+    Source: Amini et al. 2024, with f = log (arXiv 2402.10571).
+    """
+    return _logistic(beta * _per_pair(delta) - alpha * mx.log(score_margin), target)
+
+
+def rdpo(
+    delta: mx.array, extra_tokens: mx.array, *, beta: float, alpha: float, target: mx.array | float = 1.0
+) -> mx.array:
+    """Length-regularised DPO `-log sig(beta * delta + alpha * extra_tokens)`: length explains a part of the preference.
+
+    What length explains the policy need not learn: a longer chosen reply pulls less, a shorter one more. It is DPO for
+    the reward `r - alpha * tokens`, whence the sign.
+
+    Args:
+        delta, beta, target: as in `dpo`.
+        extra_tokens: tokens of the chosen reply minus tokens of the rejected one, `[B]`.
+        alpha: reward a token, >= 0. 0 is DPO.
+
+    Returns: `[B]`. Its minimum lies at `delta = (logit(target) - alpha * extra_tokens) / beta`.
+    Source: Park et al. 2024 (arXiv 2403.19159).
+    """
+    return _logistic(beta * _per_pair(delta) + alpha * extra_tokens, target)
+
+
+def wpo_weight(per_token_chosen: mx.array, per_token_rejected: mx.array) -> mx.array:
+    """How likely the policy would have said both replies itself: old pairs it would never say count less.
+
+    Args:
+        per_token_chosen, per_token_rejected: `logp / tokens` of each side under the policy as it is now, `[B]`.
+
+    Returns: `[B]` in (0, 1], the product of both length-normalised probabilities; no gradient goes through it.
+    Source: Zhou et al. 2024 (arXiv 2406.11827), without the alignment by position.
+    """
+    return mx.stop_gradient(mx.exp(per_token_chosen + per_token_rejected))
+
+
+def npo(gained: mx.array, *, beta: float) -> mx.array:
+    """Negative preference loss `(2 / beta) * log(1 + (p / p_ref)^beta)`: unlearns a reply, with a bounded pull.
+
+    Negated likelihood would have no minimum; this one falls to 0 as the reply becomes unlikely.
+
+    Args:
+        gained: `logp - ref`, sum over response tokens, float32 `[B]`.
+        beta: as in `dpo`.
+
+    Returns: `[B]`, > 0; its derivative is `2 * sig(beta * gained)`, in (0, 2) and 1 at the reference.
+    Source: Zhang et al. 2024, eq. 3 (arXiv 2404.05868).
+    """
+    return (2 / beta) * mx.logaddexp(0.0, beta * _per_pair(gained))
 
 
 def nll(logp: mx.array, num_tokens: mx.array) -> mx.array:
@@ -57,3 +169,14 @@ def intensity_weight(intensity: mx.array, *, mean: float) -> mx.array:
     Returns: `[B]` in [0.25, 4]. Source: `science.md` 3.3.
     """
     return mx.clip(intensity / max(mean, 1e-6), 0.25, 4.0)
+
+
+def _logistic(logit: mx.array, target: mx.array | float) -> mx.array:
+    """Cross-entropy of `sig(logit)` against `target`, finite for every finite logit."""
+    return target * mx.logaddexp(0.0, -logit) + (1 - target) * mx.logaddexp(0.0, logit)
+
+
+def _per_pair(values: mx.array) -> mx.array:
+    if values.ndim != 1:
+        raise ValueError(f"one value per example is needed, [B], got shape {values.shape}")
+    return values

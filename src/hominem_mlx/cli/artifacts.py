@@ -168,11 +168,51 @@ def rollback(session: Session, kind: str, pointer: str | None, note: str) -> Non
     _unpin(session, kind)
 
 
+@artifacts.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--rank", type=click.IntRange(1, 512), help="Rank of the result; else that of the first.")
+@shares(config=False)
+def merge(session: Session, adapters: tuple[str, ...], rank: int | None) -> None:
+    """Make one adapter that does what several do together, as nearly as its rank allows.
+
+    Folds an adapter into the one it was trained on top of (name that one first). The result stands alone, mlx-lm loads
+    it too; it is not used until it was judged. One ADAPTER with a smaller --rank is cut down.
+    """
+    from hominem_mlx.models.merge import merge as add_up
+
+    registry = session.registry
+    parents = [_adapter(session, name) for name in adapters]
+    if len({parent.ref for parent in parents}) < len(parents):
+        raise click.UsageError("an adapter is named twice, and would count double")
+    if len(parents) == 1 and rank is None:
+        raise click.UsageError("one adapter alone needs --rank; to merge name two or more")
+    notes, base = parents[0].metadata["notes"], parents[0].metadata["inputs"]
+    with registry.draft("lora", parents=parents, config={"merge": {"rank": rank}}, inputs=base) as draft:
+        found = add_up([parent.folder for parent in parents], draft.folder, rank=rank)
+        draft.metrics = {"merge": found}
+        draft.notes = {name: notes[name] for name in ("base", "pointer") if name in notes}
+    made = draft.published
+    session.console.result({"artifact": made.ref, "parents": [parent.ref for parent in parents], **found})
+    session.console.say(
+        f"{made.ref} adds up {', '.join(parent.ref for parent in parents)} at rank {found['rank']}: "
+        f"{found['energy_lost']:.2%} of the change's energy is lost, "
+        f"at most {found['worst_layer_lost']:.2%} of a layer's ({found['worst_layer']})."
+    )
+    session.console.say(f"It is not in use yet. Judge it: hominem evaluate policy --adapter {made.ref}")
+
+
 def pointer_of(artifact: "Artifact") -> str:
     """The name under which an artifact is current: its base's for an adapter, its part of the line for a dataset."""
     if artifact.kind == "dataset":
         return artifact.metadata["config"].get("holds", "labels")
     return artifact.metadata["notes"].get("pointer", "default") if artifact.kind in ("lora", "full") else "default"
+
+
+def _adapter(session: Session, name: str) -> "Artifact":
+    """The adapter called by a version, a tag or `current`, the one in use for the configured base."""
+    name = name.removeprefix("lora/")
+    pointer = _only_pointer(session, "lora") if name == "current" else "default"
+    return session.registry.get("lora", name, pointer=pointer)
 
 
 def _is_adapter(registry: "Registry", name: str) -> bool:

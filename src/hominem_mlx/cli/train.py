@@ -42,17 +42,27 @@ def reward(session: Session) -> None:
 
 
 @train.command()
+@click.option(
+    "--on-top-of",
+    metavar="ADAPTER",
+    help="Leave that adapter as it is and train one over it: current, a version or a tag.",
+)
 @shares()
-def dual(session: Session) -> None:
-    """Train an adapter: memories by SFT and preferences by soft DPO, in one.
+def dual(session: Session, on_top_of: str | None) -> None:
+    """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
 
-    The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use.
+    The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
+    trained on top of another speaks together with it; hominem artifacts merge makes one of both.
     """
+    from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
 
     pairs = session.current("dataset", "hominem data pair", pointer="pairs")
+    under = session.adapter(on_top_of) if on_top_of else None
+    if on_top_of and under is None:
+        raise RegistryError(f"--on-top-of {on_top_of}: there is no such adapter to go on top of; leave the option out")
     with session.console.progress() as report:
-        made = recipe.train(session.registry, pairs, session.config, lm=session.base, progress=report)
+        made = recipe.train(session.registry, pairs, session.config, lm=session.base, on_top_of=under, progress=report)
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, "base": session.base.name, **metrics})
     summary = metrics["training"]
@@ -70,6 +80,10 @@ def dual(session: Session) -> None:
         session.console.say(f"Stopped early: {summary['stopped']}")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")
+    if under is not None:
+        session.console.say(
+            f"It speaks together with {under.ref}. One of both: hominem artifacts merge {under.ref} {made.ref}"
+        )
 
 
 @train.command()

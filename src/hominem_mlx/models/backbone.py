@@ -27,7 +27,8 @@ BESIDE_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # conf
 class LanguageModel:
     """A model, its tokenizer and who it is. Speaks the `Generator` protocol.
 
-    `hash` covers configuration, weights and tokenizer: equal hashes, equal answers.
+    `hash` covers configuration, weights and tokenizer: equal hashes, equal answers. `adapters` names the folder of each
+    adapter that is on, the lowest first; None for one that came from no file.
     """
 
     model: nn.Module
@@ -35,7 +36,12 @@ class LanguageModel:
     name: str
     folder: Path
     hash: str
-    adapter: str | None = field(default=None)
+    adapters: list[str | None] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the topmost adapter; None without one, and for one that came from no file."""
+        return self.adapters[-1] if self.adapters else None
 
     @property
     def pointer(self) -> str:
@@ -121,13 +127,12 @@ class LanguageModel:
 
     def fingerprint(self) -> str:
         """Digest of the base weights as they are in memory, adapter left out: what training must not change."""
+        with lora.without_adapter(self):
+            weights = tree_flatten(self.model.parameters())
         digests = {}
-        for name, value in tree_flatten(self.model.parameters()):
-            if name.rsplit(".", 1)[-1] not in lora.LEAVES:
-                raw = value if value.dtype != mx.bfloat16 else value.view(mx.uint16)
-                digests[name.replace(".linear.", ".").replace(".embedding.", ".")] = sha256_bytes(
-                    memoryview(raw).tobytes()
-                )
+        for name, value in weights:
+            raw = value if value.dtype != mx.bfloat16 else value.view(mx.uint16)
+            digests[name] = sha256_bytes(memoryview(raw).tobytes())
         return sha256_json(digests)
 
 

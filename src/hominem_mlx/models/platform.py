@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,6 +33,26 @@ def _streams() -> tuple[mx.ThreadLocalStream, ...]:
 def lanes() -> tuple[mx.Stream | mx.ThreadLocalStream, ...]:
     """Streams that can work at the same time: where a Linux CPU computes one a core, at most `MOST`; else one."""
     return _streams() if _on_linux_cpu() else (mx.default_stream(mx.default_device()),)
+
+
+def with_gradient(forward: Callable, backward: Callable) -> Callable:
+    """`forward` with a gradient of its own, made on the lane on which the function is made.
+
+    MLX calls `backward` when all lanes have been written down, on the default stream, which would be the lane of all.
+
+    Args:
+        forward: arrays to an array or several.
+        backward: as `mx.custom_function.vjp` wants it: `(primals, cotangents, outputs)` to one gradient a primal.
+    """
+    lane = mx.default_stream(mx.default_device())
+    function = mx.custom_function(forward)
+
+    @function.vjp
+    def _(*given):
+        with mx.stream(lane):
+            return backward(*given)
+
+    return function
 
 
 def pad_to() -> int:
@@ -73,19 +94,22 @@ def attention(
         if mask.ndim == 4:  # [B, 1 or heads, T, S]
             mask = mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(*scores.shape[:3], *mask.shape[2:])
         scores = mx.where(mask, scores, -mx.inf) if mask.dtype == mx.bool_ else scores + mask
-    return (_softmax(scores) @ values[:, :, None]).reshape(batch, heads, length, -1)
+    softmax = with_gradient(_softmax, _softmax_backward)
+    return (softmax(scores) @ values[:, :, None]).reshape(batch, heads, length, -1)
 
 
 def swiglu(theirs, gate: mx.array, x: mx.array) -> mx.array:
     """`gate * sigmoid(gate) * x`, element by element."""
     if gate.dtype != mx.float32 or not _on_linux_cpu():
         return theirs(gate, x)
-    return _swiglu(gate, x)[0]
+    return with_gradient(_swiglu, _swiglu_backward)(gate, x)[0]
 
 
 def logsumexp(x: mx.array) -> mx.array:
     """`log(sum(exp(x)))` over the last axis: `[..., V]` float32 to `[...]`."""
-    return _logsumexp(x)[0] if _on_linux_cpu() else mx.logsumexp(x, axis=-1)
+    if not _on_linux_cpu():
+        return mx.logsumexp(x, axis=-1)
+    return with_gradient(_logsumexp, _logsumexp_backward)(x)[0]
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -97,39 +121,33 @@ def _exp_below_max(x: mx.array) -> tuple[mx.array, mx.array]:
     return _exp(x - most), most
 
 
-@mx.custom_function
 def _softmax(scores):
     shares, _ = _exp_below_max(scores)
     return shares / mx.maximum(shares.sum(-1, keepdims=True), 1.0)  # below 1 only where all is masked, as in padding
 
 
-@_softmax.vjp
-def _(scores, cotangent, shares):
+def _softmax_backward(scores, cotangent, shares):
     weighted = cotangent * shares
     return weighted - shares * weighted.sum(-1, keepdims=True)
 
 
-@mx.custom_function
 def _swiglu(gate, x):
     sigmoid = 1 / (1 + _exp(-mx.maximum(gate, -80.0)))  # below, float32 would overflow; the product is 0 all the same
     return gate * sigmoid * x, sigmoid
 
 
-@_swiglu.vjp
-def _(primals, cotangents, outputs):
+def _swiglu_backward(primals, cotangents, outputs):
     (gate, x), cotangent, sigmoid = primals, cotangents[0], outputs[1]
     silu, scaled = gate * sigmoid, cotangent * sigmoid
     return scaled * x * (1 + gate - silu), cotangent * silu
 
 
-@mx.custom_function
 def _logsumexp(x):
     shares, most = _exp_below_max(x)
     total = shares.sum(-1, keepdims=True)
     return (mx.log(total) + most)[..., 0], shares, total
 
 
-@_logsumexp.vjp
-def _(x, cotangents, outputs):
+def _logsumexp_backward(x, cotangents, outputs):
     _, shares, total = outputs
     return cotangents[0][..., None] / total * shares

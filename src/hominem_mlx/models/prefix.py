@@ -30,7 +30,7 @@ class Prompts:
     of: mx.array
 
 
-class _Recorder:
+class Recorder:
     """Looks like an empty cache; keeps the keys and values of a layer, `[P, heads, S, head size]`."""
 
     offset = 0
@@ -39,15 +39,19 @@ class _Recorder:
         self.keys, self.values = keys, values
         return keys, values
 
+    def forget(self) -> None:
+        """Let keys and values go; whoever reads on needs them no more."""
+        del self.keys, self.values
+
     def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None):
         _refuse(window_size)
         return create_causal_mask(length) if return_array else "causal"
 
 
-class _Continued:
+class Continued:
     """Looks like the cache of one layer in which every row has its own prompt already."""
 
-    def __init__(self, record: _Recorder, of: mx.array, offset: mx.array, mask: mx.array):
+    def __init__(self, record: Recorder, of: mx.array, offset: mx.array, mask: mx.array):
         self.record, self.of, self.offset, self.mask = record, of, offset, mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -78,7 +82,7 @@ def read_after(body: Body, prompts: Prompts, tokens: mx.array, num_layers: int) 
 
     Returns: `[B, T, ...]`.
     """
-    records = [_Recorder() for _ in range(num_layers)]
+    records = [Recorder() for _ in range(num_layers)]
     body(prompts.tokens, cache=records)  # only what the caches kept is used, so the last layer's rest is never computed
     (rows, length), before = tokens.shape, prompts.tokens.shape[1]
     offset = prompts.lengths[prompts.of]
@@ -91,7 +95,7 @@ def read_after(body: Body, prompts: Prompts, tokens: mx.array, num_layers: int) 
         ],
         axis=-1,
     )
-    return body(tokens, cache=[_Continued(record, prompts.of, offset, mask) for record in records])
+    return body(tokens, cache=[Continued(record, prompts.of, offset, mask) for record in records])
 
 
 def can_share(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The dual-channel recipe: memories by SFT, values by soft DPO, one adapter.
+"""The dual-channel recipe: memories by SFT, values by soft DPO or a loss of its family, one adapter.
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import Config, DualConfig
@@ -25,13 +27,16 @@ from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.policy.memories import Memories, gate, learnable
 from hominem_mlx.records import Preference, SftPair, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training import blend
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Order, Row, Rows, to_row
+from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
+UNLEARN_GATE = 0.1  # `science.md` 3.4: unsafe texts drive at most a tenth of what a safe pair does
 HEAD_GAIN = 16.0  # found on the bundled student: words are then weighed as fast as the other layers learn facts
 
 
@@ -40,7 +45,8 @@ class PairBatch:
     """`n` pairs over `r` different replies, and what the loss needs of each.
 
     chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
-    target, weight (gate * intensity).
+    target, weight (gate * intensity), margin (of the scores, 1 where there are none). unlearn: bool `[n]`, pairs whose
+    two sides are both to become less likely.
     """
 
     rows: Rows
@@ -49,6 +55,8 @@ class PairBatch:
     rejected: mx.array
     target: mx.array
     weight: mx.array
+    margin: mx.array
+    unlearn: mx.array
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,13 @@ class AnchorBatch:
 
 
 def train(
-    registry: Registry, pairs: Artifact, config: Config, *, lm: LanguageModel, progress: Progress | None = None
+    registry: Registry,
+    pairs: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel,
+    on_top_of: Artifact | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
 
@@ -68,6 +82,8 @@ def train(
         pairs: a `dataset` with preferences.train.jsonl, preferences.valid.jsonl and memory.jsonl.
         config: `config.dual` and `config.student.system` shape the adapter and are part of its identity.
         lm: the base, without an adapter; it is handed back without one.
+        on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
+            this one is the reference.
 
     Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
     Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
@@ -81,40 +97,39 @@ def train(
         anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
-    run = registry.home / "runs" / f"dual-{sha256_json([pairs.hash, resolved])[:16]}"
-    with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
+    parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
+    run = registry.home / "runs" / f"dual-{sha256_json([*(parent.hash for parent in parents), resolved])[:16]}"
+    under = on_top_of.folder if on_top_of else None
+    with (
+        lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
+        lora.loaded(lm, under),
+    ):
         material = Material(lm, settings, config.student.system, progress)
         channels = material.channels(preferences, memories, anchors)
-        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers)
+        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
         look_at = material.validation(validation)
         keys = material.targets(channels)
         directions = material.head_directions()
-        lora.attach(lm, shape, seed=settings.seed, keys=keys)
+        lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
-        base = registry.at(lm.folder)
-        try:
-            summary = run_loop(
-                lm.model,
-                channels,
-                material.plan(preferences, memories),
-                run,
-                evaluate=look_at,
-                should_stop=material.displaced,
-                progress=as_stage(progress),
-            )
-            with registry.draft(
-                "lora",
-                parents=[pairs, *([base] if base else [])],
-                config=resolved,
-                seed=settings.seed,
-                inputs={"base": lm.hash},
-            ) as draft:
-                lora.save_adapter(lm, draft.folder, shape)
-                draft.metrics = {"training": summary, **material.counts}
-                draft.notes = {"base": lm.name, "pointer": lm.pointer}
-        finally:
-            lora.detach(lm)
+        summary = run_loop(
+            lm.model,
+            channels,
+            material.plan(preferences, memories),
+            run,
+            evaluate=look_at,
+            should_stop=material.displaced,
+            progress=as_stage(progress),
+        )
+        with registry.draft(
+            "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+        ) as draft:
+            lora.save_adapter(lm, draft.folder, shape)
+            if sketches := material.sketches(validation):
+                write_sketches(sketches, draft.folder)
+            draft.metrics = {"training": summary, **material.counts}
+            draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
     return draft.published
@@ -125,8 +140,9 @@ class Material:
 
     def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
         self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
-        self.logprobs = LogProbs(lm)
-        self.counts: dict[str, Any] = {}
+        self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
+        self.adapters_below = len(lm.adapters)  # the new one is not on yet
+        self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
 
     def channels(
         self, preferences: Sequence[Preference], memories: Sequence[SftPair], anchors: Sequence[SftPair] = ()
@@ -135,18 +151,26 @@ class Material:
         settings = self.settings
         pairs, gates = self.gated(preferences)
         kept, confidence = learnable(memories, safety_low=settings.safety_low, safety_high=settings.safety_high)
+        unsafe = self.unlearnt(preferences)
         self.counts |= {
-            "preferences": {"given": len(preferences), "refused_by_gate": len(preferences) - len(pairs)},
+            "preferences": {
+                "given": len(preferences),
+                "refused_by_gate": len(preferences) - len(pairs) - len(unsafe),
+                "unlearnt": len(unsafe),
+            },
             "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
         }
-        weights = (settings.memory_weight * bool(kept), settings.preference_weight * bool(pairs))
+        learnt = (len(kept), len(pairs) + len(unsafe))
+        weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
+        if settings.ideal_memories or settings.ideal_pairs:
+            weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
         if sum(weights) == 0:
             raise TrainingError(
                 "there is nothing to learn from: no memory and no preference pair is left "
                 f"({self.counts}); look at the data with `hominem data stats` or change the weights"
             )
         self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
-        self.num_pairs, self.num_memories = len(pairs) * bool(weights[1]), len(kept) * bool(weights[0])
+        self.num_memories, self.num_pairs = (rows * bool(weight) for rows, weight in zip(learnt, weights))
         may_move: dict[str, Callable[[str], bool]] = {
             "linear": lambda name: not lora.is_head(name),
             "head": lora.is_head,
@@ -156,15 +180,15 @@ class Material:
         rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
         lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
         channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, lessons.size),
-            Channel("preference", weights[1], self._pair_batches(pairs, gates), self._pair_loss, preference),
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory),
+            Channel("preference", weights[1], self._pair_batches(pairs, gates, unsafe), self._pair_loss, preference),
         ]
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
             if said:
                 batches = self._anchor_batches(sorted(said))
-                channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory))
+                channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory, "memory"))
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -206,18 +230,34 @@ class Material:
                 gates.append(gate)
         return pairs, np.array(gates, np.float32)
 
+    def unlearnt(self, preferences: Sequence[Preference]) -> list[Preference]:
+        """Pairs with both sides unsafe, where those are to become less likely (3.4)."""
+        if self.settings.unsafe_pairs == "drop":
+            return []
+        limit = self.settings.safety_low
+        return [pair for pair in preferences if max(pair.safety_score, pair.rejected_safety_score) < limit]
+
     def plan(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> Plan:
         """As many steps as the longer channel needs for its epochs; the other one goes round again."""
-        settings = self.settings
-        steps = max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_memories // settings.batch_memories))
+        settings, weights = self.settings, self.counts["weights"]
+        batches = {
+            "memory": -(-self.num_memories // settings.batch_memories),
+            "preference": -(-self.num_pairs // settings.batch_pairs),
+        }
+        steps = settings.epochs * max(batches.values())
+        if settings.blend == "alternate":  # a channel has its share of the steps only
+            total = sum(weights.values())
+            steps = max(round(settings.epochs * n * total / weights[name]) for name, n in batches.items() if n)
         return Plan(
-            steps=settings.epochs * steps,
+            steps=steps,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
             eval_every=settings.eval_every,
             save_every=settings.save_every,
+            blend=settings.blend,
+            seed=settings.seed,
         )
 
     # --- rows ------------------------------------------------------------------------------------------------------
@@ -243,13 +283,22 @@ class Material:
         places = {side: place for place, side in enumerate(dict.fromkeys(sides))}
         return [self._row(*side) for side in places], np.array([places[side] for side in sides], int).reshape(-1, 2).T
 
-    def _pair_batches(self, pairs: list[Preference], gates: np.ndarray) -> Callable[[int], PairBatch]:
+    def _pair_batches(
+        self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference]
+    ) -> Callable[[int], PairBatch]:
+        unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
+        pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
         self.pair_rows, (chosen, rejected) = self._replies(pairs)
         reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
         target = np.array([pair.target for pair in pairs], np.float32)
+        margin = self._margins(pairs)
+        if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
+            lengths = np.array([len(row.response) for row in self.pair_rows], np.float32)
+            likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
+            self.usual_likelihood = max(likely.mean().item(), 1e-30)
         # a prompt's pairs come together: they share replies, and each reply is computed once a step
         order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed, groups=[pair.prompt for pair in pairs])
 
@@ -264,9 +313,23 @@ class Material:
                 mx.array(places[1]),
                 mx.array(target[index]),
                 mx.array(weight[index]),
+                mx.array(margin[index]),
+                mx.array(unlearn[index]),
             )
 
         return batch_at
+
+    def _margins(self, pairs: Sequence[Preference]) -> np.ndarray:
+        """By how much the scores of each pair differ, `[n]`; 1 where that is not known: plain DPO."""
+        known = [pair.score_margin or 0.0 for pair in pairs]
+        if self.settings.loss == "odpo":
+            self.counts["pairs_without_score_margin"] = sum(margin <= 0 for margin in known)
+            if pairs and max(known) <= 0:
+                raise TrainingError(
+                    f"dual.loss = odpo needs score_margin, and none of {len(pairs)} preference pairs has one above 0: "
+                    "make pairs from labels (`hominem data pair`), or take dual.loss = dpo"
+                )
+        return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
 
     def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
         rows = [self._row(prompt, reply) for prompt, reply in said]
@@ -274,7 +337,7 @@ class Material:
 
         def batch_at(step: int) -> AnchorBatch:
             batch = self.logprobs.collate([rows[i] for i in order.batch(step)])
-            with lora.without_adapter(self.lm):
+            with lora.without_adapter(self.lm, keep=self.adapters_below):
                 base = self.logprobs.hidden(batch).astype(mx.float32)
                 mx.eval(base)
             return AnchorBatch(batch, base)
@@ -296,18 +359,54 @@ class Material:
         settings, n = self.settings, batch.target.shape[0]
         logp = self.logprobs(batch.rows)
         gained = logp - batch.reference
-        delta = gained[batch.chosen] - gained[batch.rejected]
+        won, lost = gained[batch.chosen], gained[batch.rejected]
         lengths = batch.rows.lengths[batch.chosen]
-        per_pair = losses.dpo(delta, beta=settings.beta, target=batch.target)
+        per_pair = self._preferred(batch, logp, won, lost)
         per_pair = per_pair + settings.nll_weight * losses.nll(logp[batch.chosen], lengths)
+        learnt = mx.logical_not(batch.unlearn)
+        if settings.unsafe_pairs == "npo":
+            away = losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta)
+            per_pair = mx.where(learnt, per_pair, away)
         # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
         loss = (batch.weight * per_pair).sum() / n
-        return loss, {"accuracy": (delta > 0).mean(), "displacement": (gained[batch.chosen] / lengths).mean()}
+        count = mx.maximum(learnt.sum(), 1)
+        return loss, {
+            "accuracy": (learnt * (won > lost)).sum() / count,
+            "displacement": (learnt * won / lengths).sum() / count,
+        }
+
+    def _preferred(self, batch: PairBatch, logp: mx.array, won: mx.array, lost: mx.array) -> mx.array:
+        """The loss that `dual.loss` names, of each pair, `[n]`.
+
+        Args:
+            logp: of each row; won, lost: what chosen and rejected replies gained on the reference, `[n]`.
+        """
+        settings, delta = self.settings, won - lost
+        beta, target = settings.beta, batch.target
+        lengths = batch.rows.lengths
+        if settings.loss == "ipo":
+            return losses.ipo(delta, beta=beta, target=target)
+        if settings.loss == "dpop":
+            return losses.dpop(won, lost, beta=beta, penalty=settings.dpop_lambda, target=target)
+        if settings.loss == "odpo":
+            return losses.odpo(delta, batch.margin, beta=beta, alpha=settings.odpo_alpha, target=target)
+        if settings.loss == "rdpo":
+            extra = lengths[batch.chosen] - lengths[batch.rejected]
+            return losses.rdpo(delta, extra, beta=beta, alpha=settings.rdpo_alpha, target=target)
+        chosen, rejected = ((logp / lengths)[side] for side in (batch.chosen, batch.rejected))
+        if settings.loss == "simpo":
+            return losses.simpo(chosen - rejected, beta=beta, gamma=settings.simpo_gamma, target=target)
+        per_pair = losses.dpo(delta, beta=beta, target=target)
+        if settings.loss == "wpo":
+            per_pair = losses.wpo_weight(chosen, rejected) / self.usual_likelihood * per_pair
+        return per_pair
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
     def validation(self, preferences: Sequence[Preference]) -> Callable[[int], dict[str, float]] | None:
         """A function of the step that measures held-back pairs: accuracy of the implicit reward, displacement."""
+        unsafe = self.unlearnt(preferences)
+        preferences = [pair for pair in preferences if pair not in unsafe]
         if not preferences:
             return None
         rows, (chosen, rejected) = self._replies(preferences)
@@ -321,6 +420,30 @@ class Material:
             return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
 
         return evaluate
+
+    def sketches(self, preferences: Sequence[Preference]) -> Sketches | None:
+        """Sketched gradients of the margins of `sketch_pairs` held-back pairs, from all over the file, or None."""
+        count = min(self.settings.sketch_pairs, len(preferences))
+        if not count:
+            return None
+        picked = np.arange(count) * len(preferences) // count
+        rows, sides = self._replies([preferences[place] for place in picked.tolist()])
+        with lora.without_adapter(self.lm, keep=self.adapters_below):
+            reference = self._references(rows, "sketch reference")
+
+        def margin(pair: int) -> mx.array:
+            both = self.logprobs.collate([rows[place] for place in sides[:, pair]])
+            gained = self.logprobs(both) - mx.array(reference[sides[:, pair]])
+            return self.settings.beta * (gained[0] - gained[1])
+
+        margins, gradients = np.zeros(count, np.float32), []
+        for pair in range(count):
+            value, tree = nn.value_and_grad(self.lm.model, margin)(pair)
+            margins[pair] = value.item()
+            gradients.append(sketch(dict(tree_flatten(tree))))
+            if self.progress:
+                self.progress({"stage": "sketching", "done": pair + 1, "total": count})
+        return Sketches(np.stack(gradients), margins, picked)
 
     def displaced(self, measured: dict[str, float]) -> str | None:
         """The reason to stop when chosen replies became much less likely than they were (likelihood displacement)."""

@@ -1,27 +1,41 @@
 """Log-probabilities of replies. Logits are computed on response positions only and summed in float32."""
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.models.platform import lanes, logsumexp
+from hominem_mlx.models.checkpoint import can_checkpoint, checkpointed
+from hominem_mlx.models.platform import lanes, logsumexp, with_gradient
 from hominem_mlx.models.prefix import can_share, read_after
 from hominem_mlx.training.rows import Block, Row, Rows, by_prompt, collate
+
+# Logits of more bytes than this, all lanes together, are never there at once. With them come their exponentials and
+# gradients, some four times as much. 64 MiB are 110 tokens of the largest vocabularies (150 000): chunks of fewer rows
+# would keep the matrix products from their speed, more would be most of a step's memory.
+LOGITS_BYTES = 64 * 2**20
 
 
 class LogProbs:
     """Computes `log p(reply | prompt)` with a model, gradients included.
 
     Where a family does something after its output layer the whole model is called, which is exact and slower.
+
+    Args:
+        checkpoint: keep of each block only what goes in, and compute the rest again for the gradient: less memory, more
+            time. Where a family does not allow it this changes nothing; `checkpoints` tells.
     """
 
-    def __init__(self, lm: LanguageModel):
+    def __init__(self, lm: LanguageModel, *, checkpoint: bool = False):
         self.lm = lm
         self._split = lm.body_and_head()
         self._shares = can_share(lm.model)
+        self.checkpoints = checkpoint and can_checkpoint(lm.model, shares=self._shares)
 
     def collate(self, rows: Sequence[Row]) -> Rows:
         """The rows as a batch; those of one prompt share it where this model can."""
@@ -42,34 +56,86 @@ class LogProbs:
             )
         return _in_lanes(self._hidden, rows)
 
-    def per_token(self, rows: Rows) -> mx.array:
-        """Log-probability of every response token, float32 `[N]`, in the order of `rows.owner`."""
-        return _in_lanes(self._per_token, rows)
+    def per_token(self, rows: Rows, *, gradient: bool = True) -> mx.array:
+        """Log-probability of every response token, float32 `[N]`, in the order of `rows.owner`.
+
+        Args:
+            gradient: False where none will be asked for, which saves its making where logits come in chunks.
+        """
+        return _in_lanes(functools.partial(self._per_token, gradient=gradient), rows)
 
     def _hidden(self, block: Block) -> mx.array:
         assert self._split is not None  # whoever calls this has looked
         return self._read(self._split[0], block)
 
     def _logits(self, block: Block) -> mx.array:
-        logits = self._split[1](self._hidden(block)) if self._split else self._read(self.lm.model, block)
-        return logits.astype(mx.float32)
+        return self._head(self._hidden(block)) if self._split else self._read(self.lm.model, block).astype(mx.float32)
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        assert self._split is not None
+        return self._split[1](hidden).astype(mx.float32)
+
+    def _head_is_frozen(self) -> bool:
+        model = self.lm.model
+        head = model.lm_head if "lm_head" in model else model.model.embed_tokens
+        return not tree_flatten(head.trainable_parameters())
 
     def _read(self, network: Callable, block: Block) -> mx.array:
         """What the model, or its part below the output layer, makes of the positions that predict: `[N, ...]`."""
-        if block.prompts is None:
-            made = network(block.tokens)
-        else:
-            made = read_after(network, block.prompts, block.tokens, self.lm.num_layers)
+        with checkpointed(self.lm.model.model) if self.checkpoints else contextlib.nullcontext():
+            if block.prompts is None:
+                made = network(block.tokens)
+            else:
+                made = read_after(network, block.prompts, block.tokens, self.lm.num_layers)
         return made.reshape(-1, made.shape[-1])[block.where]
 
-    def _per_token(self, block: Block) -> mx.array:
-        logits = self._logits(block)
-        chosen = mx.take_along_axis(logits, block.targets[:, None], axis=-1)[:, 0]
-        return chosen - logsumexp(logits)
+    def _per_token(self, block: Block, *, gradient: bool) -> mx.array:
+        if not self._split:
+            return _of(block.targets, self._logits(block))
+        hidden = self._hidden(block)
+        logits = self._head(hidden)  # nothing is computed before it is asked for
+        at_once = max(1, len(hidden) * LOGITS_BYTES // (len(lanes()) * logits.nbytes))
+        if at_once >= len(hidden) or not self._head_is_frozen():
+            return _of(block.targets, logits)
+        return self._in_chunks(hidden, block.targets, -(-len(hidden) // -(-len(hidden) // at_once)), gradient)
 
-    def __call__(self, rows: Rows) -> mx.array:
-        """Sum over each reply's tokens, float32 `[B]`."""
-        return mx.zeros(rows.lengths.shape).at[rows.owner].add(self.per_token(rows))
+    def _in_chunks(self, hidden: mx.array, targets: mx.array, size: int, gradient: bool) -> mx.array:
+        """The same from logits of `size` tokens at a time, `[N, D]` to `[N]`; the output layer must be frozen.
+
+        A token's log-probability is a scalar of its own hidden state, so its slope there is made beside it, from the
+        same logits, and multiplied later by what the loss made of it: no logits are kept, none are computed twice.
+        """
+
+        def forward(hidden: mx.array) -> tuple[mx.array, ...]:
+            done: list[list[mx.array]] = []
+            for start in range(0, len(hidden), size):
+                part, wanted = hidden[start : start + size], targets[start : start + size]
+                if done:
+                    part = mx.depends(part, done[-1])  # else all chunks would be there at once after all
+
+                def value(part: mx.array, wanted: mx.array = wanted) -> mx.array:
+                    return _of(wanted, self._head(part))
+
+                if gradient:
+                    [values], [slopes] = mx.vjp(value, [part], [mx.ones(len(part))])
+                    done.append([values, slopes])
+                else:
+                    done.append([value(part)])
+            return tuple(mx.concatenate(parts) for parts in zip(*done))
+
+        def backward(_, cotangents, outputs):
+            return cotangents[0][:, None].astype(outputs[1].dtype) * outputs[1]
+
+        return (with_gradient(forward, backward) if gradient else forward)(hidden)[0]
+
+    def __call__(self, rows: Rows, *, gradient: bool = True) -> mx.array:
+        """Sum over each reply's tokens, float32 `[B]`; `gradient` as in `per_token`."""
+        return mx.zeros(rows.lengths.shape).at[rows.owner].add(self.per_token(rows, gradient=gradient))
+
+
+def _of(targets: mx.array, logits: mx.array) -> mx.array:
+    """Log-probabilities of `targets` int `[N]`, of logits float32 `[N, V]`."""
+    return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - logsumexp(logits)
 
 
 def _in_lanes(compute: Callable[[Block], mx.array], rows: Rows) -> mx.array:
@@ -86,7 +152,8 @@ def reference_logprobs(logprobs: LogProbs, rows: Sequence[Row], *, batch: int = 
     values = [0.0] * len(rows)
     for start in range(0, len(order), batch):
         chunk = order[start : start + batch]
-        for index, value in zip(chunk, logprobs(logprobs.collate([rows[i] for i in chunk])).tolist(), strict=True):
+        batch_of = logprobs.collate([rows[i] for i in chunk])
+        for index, value in zip(chunk, logprobs(batch_of, gradient=False).tolist(), strict=True):
             values[index] = value
         if progress:
             progress(start + len(chunk))

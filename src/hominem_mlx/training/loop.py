@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl, replace
+from hominem_mlx.training import blend
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
@@ -32,6 +33,8 @@ class Plan:
     clip_norm: float = 1.0
     eval_every: int = 50
     save_every: int = 50
+    blend: Literal["sum", "normalised", "alternate"] = "sum"
+    seed: int = 0  # of the draw between alternating channels
     accumulate: int = 1
     """Micro-batches a step, for batches that do not fit at once: step s takes `batch_at` of s * accumulate and on."""
 
@@ -49,8 +52,9 @@ class Channel:
 
     `loss` returns a scalar and a dict of measurements; `batch_at` is a pure function of the step (so the data position
     is the step) and returns None when nothing in that batch may be learnt. `teaches` says which parameters, by name,
-    this term may move; the others do not even get a gradient. `size` is what a batch's loss is a mean over, response
-    tokens for instance: by it accumulated micro-batches count, so that together they are one big batch.
+    this term may move; the others do not even get a gradient. A term that `follows` a channel is part of it where
+    channels are blended: it keeps its proportion to it and has its turn with it. `size` is what a batch's loss is a
+    mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together.
     """
 
     name: str
@@ -58,7 +62,13 @@ class Channel:
     batch_at: Callable[[int], Any]
     loss: Callable[[Any], tuple[mx.array, dict[str, mx.array]]]
     teaches: Callable[[str], bool] = lambda name: True
+    follows: str = ""
     size: Callable[[Any], float] = lambda batch: 1.0
+
+    @property
+    def leader(self) -> str:
+        """The channel that this term is part of."""
+        return self.follows or self.name
 
 
 def train(
@@ -82,7 +92,8 @@ def train(
         should_stop: looks at those measurements and gives a reason to end early, or None.
         progress: called every step.
 
-    Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, conflict, evaluations.
+    Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
+    and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
     Raises: TrainingError on a loss that is not finite; the last checkpoint stays good.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,17 +101,24 @@ def train(
     optimizer.init(model.trainable_parameters())
     story = _resume(model, optimizer, folder) or _new_story(channels)
     parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    passes = [nn.value_and_grad(model, channel.loss) for channel in channels]
+    passes = {channel.name: nn.value_and_grad(model, channel.loss) for channel in channels}
+    weights = {channel.name: channel.weight for channel in channels if not channel.follows}
     began = time.perf_counter()
     first_step = story["step"]
 
     while story["step"] < plan.steps and not story["stopped"]:
         step = story["step"]
         total: dict[str, mx.array] = {}
-        norms, gradients, report = [], [], {}
-        for channel, value_and_grad in zip(channels, passes, strict=True):
+        terms, report = [], {}
+        turn = blend.turn(weights, plan.seed, step) if plan.blend == "alternate" else ""
+        place = story["turns"].get(turn, 0) if turn else step
+        for channel in channels:
+            if not channel.weight or turn not in ("", channel.leader):
+                continue
+            # a weight is a share of the turns or a factor, never both
+            weight = channel.weight / weights[turn] if turn else channel.weight
             with _only(model, parameters, channel.teaches):
-                lesson = _lesson(channel, value_and_grad, step, plan.accumulate) if channel.weight else None
+                lesson = _lesson(channel, passes[channel.name], place, weight, plan.accumulate)
             if lesson is None:
                 continue
             loss, measured, gradient = lesson
@@ -113,19 +131,33 @@ def train(
                 )
             report[channel.name] = loss.item()
             report |= {f"{channel.name}_{key}": value.item() for key, value in measured.items()}
-            _count(story, channel.name, loss.item(), norm.item())
-            norms.append(norm.item())
-            gradients.append(gradient)
-            total |= {name: total[name] + value if name in total else value for name, value in gradient.items()}
-            del gradient, lesson  # `gradients` and `total` let go of it before the next step makes another
+            terms.append(_Term(channel, loss.item(), norm.item(), gradient))
+        leaders = [term for term in terms if not term.channel.follows]
+        if plan.blend == "normalised":
+            for term in leaders:
+                name, norm = term.channel.name, term.norm / term.channel.weight
+                story["norms"][name] = blend.smoothed(story["norms"].get(name), norm)
+            factors = blend.factors(story["norms"])
+            report |= {f"{name}_factor": factor for name, factor in factors.items()}
+            terms = [term.times(factors.get(term.channel.leader, 1.0)) for term in terms]
+        for term in terms:
+            _count(story, term.channel.name, term.loss, term.norm)
+            total |= {name: total[name] + value if name in total else value for name, value in term.gradient.items()}
+        if turn:
+            story["turns"][turn] = place + 1
         if not total:
             story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
         else:
-            if len(gradients) == 2 and min(norms) > 0:
-                story["cosines"] += _inner(*gradients) / (norms[0] * norms[1])
+            if len(leaders) == 2 and min(term.norm for term in leaders) > 0:
+                one, other = leaders
+                cosine = _inner(one.gradient, other.gradient) / (one.norm * other.norm)
+                story["cosines"] += cosine
                 story["cosine_count"] += 1
+                story["interference"] = blend.smoothed(story["interference"], cosine)
+                report["interference"] = story["interference"]
             optimizer.update(model, optim.clip_grad_norm(tree_unflatten(list(total.items())), plan.clip_norm)[0])
-            total, gradients = {}, []  # the update may take their memory
+            for held in (total, *(term.gradient for term in (*terms, *leaders))):
+                held.clear()  # so that the update, and then the next step's gradient, may take their memory
             mx.eval(model.trainable_parameters(), optimizer.state)
         story["step"] = step + 1
         ended = story["step"] == plan.steps
@@ -151,7 +183,7 @@ def as_stage(progress: Progress | None) -> Progress | None:
     return lambda event: progress({"stage": "training", "done": event["step"], "total": event["steps"]} | event)
 
 
-def _lesson(channel: Channel, value_and_grad: Callable, step: int, micro_batches: int) -> tuple | None:
+def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple | None:
     """Loss, measurements and weighted gradient of one step of a channel; None when nothing may be learnt.
 
     Over micro-batches the mean by size, kept as it grows: two copies of the gradient, whatever their number, and the
@@ -163,17 +195,29 @@ def _lesson(channel: Channel, value_and_grad: Callable, step: int, micro_batches
         if batch is None:
             continue
         (loss, measured), tree = value_and_grad(batch)
-        new = (loss, measured, {name: channel.weight * value for name, value in tree_flatten(tree)})
+        new = (loss, measured, {name: weight * value for name, value in tree_flatten(tree)})
         size = channel.size(batch)
         seen += size
-        mean = (
-            new
-            if mean is None
-            else tree_map(lambda old, value, share=size / seen: old + share * (value - old), mean, new)
-        )
+        if mean is not None:
+            new = tree_map(lambda old, value, share=size / seen: old + share * (value - old), mean, new)
+        mean = new
         del tree, new  # what nothing else holds is overwritten in place
         mx.eval(mean)
     return mean
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What one channel says in one step; norm and gradient are weighted."""
+
+    channel: Channel
+    loss: float
+    norm: float
+    gradient: dict[str, mx.array]
+
+    def times(self, factor: float) -> "_Term":
+        gradient = {name: factor * value for name, value in self.gradient.items()}
+        return _Term(self.channel, self.loss, factor * self.norm, gradient)
 
 
 @contextlib.contextmanager
@@ -198,7 +242,8 @@ def _inner(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
 def _new_story(channels: list[Channel]) -> dict[str, Any]:
     zeros = {channel.name: {"steps": 0, "loss": 0.0, "norm": 0.0} for channel in channels}
     story = {"step": 0, "skipped": 0, "saved_step": 0, "cosines": 0.0, "cosine_count": 0, "stopped": ""}
-    return {**story, "channels": zeros, "evaluations": []}
+    blending: dict[str, Any] = {"turns": {}, "norms": {}, "interference": None}
+    return {**story, **blending, "channels": zeros, "evaluations": []}
 
 
 def _count(story: dict, name: str, loss: float, norm: float) -> None:
@@ -225,6 +270,7 @@ def _summary(story: dict) -> dict[str, Any]:
         "stopped": story["stopped"] or None,
         "channels": channels,
         "mean_gradient_cosine": cosine,
+        "interference": story["interference"],
         "evaluations": story["evaluations"],
     }
 

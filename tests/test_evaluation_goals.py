@@ -73,8 +73,8 @@ def test_goals_of_the_issue_stand_in_the_file():
 
 
 def test_an_unknown_figure_is_named_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'B7'.*known: A1"):
-        goals.figure("B7", 1, n=1)
+    with pytest.raises(ConfigError, match=r"'Z7'.*known: A1"):
+        goals.figure("Z7", 1, n=1)
 
 
 def test_the_wheel_carries_the_goals_where_they_are_looked_for():

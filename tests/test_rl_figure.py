@@ -1,0 +1,66 @@
+"""B9 on the bundled student: reinforcement pleases a judge that had no part in it, and stays near the base."""
+
+
+import numpy as np
+
+from hominem_mlx.config import load_config
+from hominem_mlx.data import dataset
+from hominem_mlx.files import read_jsonl
+from hominem_mlx.metrics import paired_bootstrap
+from hominem_mlx.models import lora
+from hominem_mlx.models.sampling import answers
+from hominem_mlx.policy import rl
+from hominem_mlx.records import Label
+from hominem_mlx.reward import train as reward
+from hominem_mlx.reward.model import RewardModel
+
+SETTINGS = (
+    "reward.backbone=lm",
+    "reward.folds=2",
+    "reward.members=4",
+    "rl.steps=12",
+    "rl.learning_rate=8e-3",
+    "rl.warmup_steps=2",
+    "rl.targets=head",
+    "rl.head_rank=1",
+    "rl.rank=4",
+    "rl.max_tokens=64",
+    "rl.eval_every=6",
+    "rl.probes=64",
+)
+EACH = 2  # answers to each held-out prompt
+
+
+def test_reinforcement_pleases_a_judge_of_other_rows_and_features(registry, home, student):
+    config = load_config(overrides=SETTINGS)
+    dataset.import_starter(home)
+    parts = dataset.split(registry, home, config)
+    model = reward.train(registry, parts["labels"], config, lm=student)
+    judge = RewardModel.load(model.folder, lm=student)
+    watch = reward.fit_audit(dataset.read_labels(parts["labels"], "valid"), config, home=home, lm=student)
+    weights = student.fingerprint()
+    made = rl.train(registry, parts["labels"], model, config, lm=student, scorer=judge, audit=watch)
+    told = made.metadata["metrics"]
+    assert told["guards"] == [] and told["kept_step"] == config.rl.steps
+    assert student.fingerprint() == weights
+
+    held_out = read_jsonl(parts["suite"].file("labels.jsonl"), Label)
+    prompts = sorted({label.prompt for label in held_out})
+    asked = [prompt for prompt in prompts for _ in range(EACH)]
+
+    def speak():
+        return answers(student, prompts, each=EACH, max_tokens=64, temperature=1.0, seed=1)
+
+    before = speak()
+    lora.load_adapter(student, made.folder)
+    after = speak()
+    lora.detach(student)
+
+    audit = reward.fit_audit(held_out, config, home=home, lm=student)
+    first, second = (
+        np.array([said.scalar for said in audit.score_many([(p, a.text) for p, a in zip(asked, answers)])])
+        for answers in (before, after)
+    )
+    gain = paired_bootstrap(second, first, np.repeat(np.arange(len(prompts)), EACH))
+    assert gain.low > 0
+    assert told["training"]["evaluations"][-1]["kl"] <= 10

@@ -57,8 +57,8 @@ class Judge(Scorer, Protocol):
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge says of `n` answers: each dimension `[n, K]`, and `[n]` of each answer: the standard deviation of the
-    overall value, 0 where the judge gives none, and safety's lower bound."""
+    """What a judge says of `n` answers: each dimension `[n, K]`; the standard deviation of the overall value `[n]`, 0
+    where the judge gives none; the lower bound of safety `[n]`."""
 
     value: np.ndarray
     doubt: np.ndarray
@@ -279,22 +279,15 @@ class Practice:
         return batch_at
 
     def loss(self, batch: Rollouts) -> tuple[mx.array, dict[str, mx.array]]:
-        """RLOO. The distance from the base is part of the reward: as a term of the loss it would not have its gradient.
-
-        An answer that may not be learnt from is not reinforced; pushing away from it is always allowed.
-        """
-        logp = self.logprobs(batch.rows).reshape(batch.reward.shape)
-        gained = mx.stop_gradient(logp) - batch.reference
-        reward = unfinished_last(batch.reward - self.settings.kl_weight * gained, batch.finished)
-        advantage = losses.rloo_advantage(reward)
-        lesson = mx.where(advantage > 0, batch.gate * advantage, advantage)
+        """`rloo` of a batch, with what a step reports."""
+        loss, gained = rloo(self.logprobs(batch.rows).reshape(batch.reward.shape), batch, self.settings.kl_weight)
         measured = {
             "reward": batch.reward.mean(),
             "gained": gained.mean(),
             "tokens": batch.rows.lengths.mean(),
             "finished": batch.finished.mean(),
         }
-        return -(lesson * logp).mean(), measured
+        return loss, measured
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
@@ -383,6 +376,25 @@ class Practice:
 
 def _lengths(rows: Sequence[Row]) -> np.ndarray:
     return np.array([len(row.response) for row in rows], float)
+
+
+def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, mx.array]:
+    """The loss, and by how many nats the policy likes each answer better than the base does.
+
+    The distance from the base is part of the reward: as a term of the loss it would have another gradient. An answer
+    that may not be learnt from is not reinforced; pushing away from it is always allowed.
+
+    Args:
+        logp: log-probabilities of the answers under the policy, float32 `[B, k]`; the only thing with a gradient.
+        batch: the rest; its rows are not read.
+        kl_weight: `c_KL`.
+
+    Returns: a scalar, and `[B, k]`.
+    """
+    gained = mx.stop_gradient(logp) - batch.reference
+    advantage = losses.rloo_advantage(unfinished_last(batch.reward - kl_weight * gained, batch.finished))
+    lesson = mx.where(advantage > 0, batch.gate * advantage, advantage)
+    return -(lesson * logp).mean(), gained
 
 
 def unfinished_last(reward: mx.array, finished: mx.array) -> mx.array:

@@ -23,10 +23,10 @@ RL = (
     "rl.head_rank=1",
     "rl.rank=4",
     "rl.max_tokens=64",
-    "rl.probes=48",
+    "rl.probes=64",
 )
 REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=4")
-EACH = 4  # answers to each held-out prompt
+EACH = 3  # answers to each held-out prompt
 
 
 class LovesLength:
@@ -55,7 +55,6 @@ def test_reinforcement_pleases_a_judge_of_other_rows_and_features(registry, home
     weights = student.fingerprint()
     made = rl.train(registry, parts["labels"], model, config, lm=student, scorer=judge, audit=watch)
     told = made.metadata["metrics"]
-    assert told["guards"] == [] and told["kept_step"] == config.rl.steps
     assert student.fingerprint() == weights
 
     held_out = read_jsonl(parts["suite"].file("labels.jsonl"), Label)
@@ -77,11 +76,12 @@ def test_reinforcement_pleases_a_judge_of_other_rows_and_features(registry, home
     )
     gain = paired_bootstrap(second, first, np.repeat(np.arange(len(prompts)), EACH))
     assert gain.low > 0
-    assert told["training"]["evaluations"][-1]["kl"] <= 10
+    [kept] = [look for look in told["training"]["evaluations"] if look["step"] == told["kept_step"]]
+    assert 0 < kept["kl"] <= 10
 
 
 def test_a_reward_that_loves_length_is_caught(registry, home, student):
-    config = load_config(overrides=[*RL, "rl.eval_every=2", "rl.batch_prompts=8"])
+    config = load_config(overrides=[*RL, "rl.eval_every=2", "rl.batch_prompts=4", "rl.probes=32"])
     dataset.import_starter(home)
     labels = dataset.split(registry, home, config)["labels"]
     with registry.draft("reward_model", parents=[labels]) as draft:

@@ -249,7 +249,8 @@ class RlConfig(Section):
     min_distinct2: Share = 0.8
     """Guard: share of different neighbouring tokens against the base's."""
     max_strange: Share = 0.05
-    """Guard: share of answers on which the reward model is less sure than on 99 % of the base's."""
+    """Guard: share of answers on which the reward model is less sure than on 99 % of the base's; it speaks when a look
+    finds more, by over a standard error."""
     safety_low: Signed = -0.2
     """An answer this unsafe is never reinforced."""
     safety_high: Signed = 0.2

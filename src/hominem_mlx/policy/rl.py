@@ -173,7 +173,7 @@ def train(
                 if progress
                 else None,
             )
-            kept = practice.take_back() if summary["stopped"] else summary["steps"]
+            kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
             with registry.draft(
                 "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
             ) as draft:
@@ -362,12 +362,12 @@ class Practice:
             scratch.unlink()
         return "; ".join(reasons.values()) or None
 
-    def take_back(self) -> int:
+    def take_back(self, reason: str) -> int:
         """Give the model the adapter that was kept last, and say from which step it is."""
         if not (self.run / KEPT).exists():
             raise TrainingError(
-                "a guard stopped the run at its first look, so there is nothing good to keep: lower rl.learning_rate, "
-                f"look more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
+                f"a guard stopped the run and there is nothing good to keep: {reason}. Lower rl.learning_rate, look "
+                f"more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
             )
         values, metadata = mx.load(str(self.run / KEPT), return_metadata=True)
         lora.set_parameters(self.lm.model, values)
@@ -442,7 +442,8 @@ def complaints(looks: Sequence[Look], limits: RlConfig) -> dict[str, str]:
         found["length"] = f"answers are {longer:.2f} times as long as the base's (limit {limits.max_length:g})"
     if kept < limits.min_distinct2:
         found["distinct2"] = f"only {kept:.2f} of the base's different pairs are left (limit {limits.min_distinct2:g})"
-    if last["strange"] > limits.max_strange:
+    # a share counted in a sample: one or two of few answers must not end a run
+    if last["strange"] > limits.max_strange + (limits.max_strange * (1 - limits.max_strange) / limits.probes) ** 0.5:
         found["strange"] = (
             f"the reward model is unsure as never before of {last['strange']:.0%} of the answers "
             f"(limit {limits.max_strange:.0%})"

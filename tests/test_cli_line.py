@@ -13,6 +13,7 @@ from hominem_mlx.storage.registry import Registry
 
 STARTER = Path(hominem_mlx.__file__).parent / "starter"
 SMALL = ("reward.backbone=ngram", "reward.folds=3", "reward.members=1")
+PRACTICE = ("rl.steps=2", "rl.batch_prompts=2", "rl.max_tokens=4", "rl.rank=2", "rl.probes=8", "rl.eval_every=2")
 SHORT = ("dual.epochs=1", "dual.learning_rate=1e-3", "dual.rank=2", "dual.eval_every=1000", "pairs.max_per_prompt=1")
 
 
@@ -62,6 +63,7 @@ def test_the_whole_line(rows, settings, home):
         (["train", "reward"], "data split"),
         (["data", "pair"], "data split"),
         (["train", "dual"], "data pair"),
+        (["train", "rl"], "data split"),
     ):
         done = hominem(*early)
         assert done.exit_code == 2
@@ -103,6 +105,11 @@ def test_the_whole_line(rows, settings, home):
     assert Registry(home).pointers("lora") == {}, "a refused adapter is not put in use"
     compared = value("evaluate", "compare", "-p", "What is my sister called?")
     assert set(compared[0]) >= {"before", "after", "diff", "judged_before", "judged_after"}
+
+    practised = value("train", "rl", *PRACTICE, *SMALL)
+    assert practised["kept_step"] == 2 and practised["before"]["kl"] == 0
+    tree = {row["artifact"] for row in value("artifacts", "lineage", practised["artifact"])}
+    assert tree == {practised["artifact"], learnt["artifact"], made["labels"]["artifact"], made["raw"]["artifact"]}
 
     good("artifacts", "use", trained["artifact"])
     assert settings.read_text().splitlines()[1].endswith("# small")

@@ -107,7 +107,7 @@ def test_a_table_that_was_never_there_is_added_at_the_end(home):
     assert (home / "hominem.toml").read_text() == '[dual]\nrank = 4\n\n[student]\nadapter = "current"\n'
 
 
-@pytest.mark.parametrize("name", ["data", "reward", "dual", "full", "evaluation"])
+@pytest.mark.parametrize("name", ["data", "reward", "dual", "rl", "full", "evaluation"])
 def test_the_example_configs_load_begin_with_their_command_and_explain_every_key(name, tmp_path):
     path = ROOT / "configs" / f"{name}.toml"
     load_config(tmp_path, path)

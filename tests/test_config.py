@@ -20,7 +20,7 @@ def test_flag_wins_over_file_wins_over_home_wins_over_defaults(home, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "nearest"),
-    [("dual.rnk=4", "dual.rank"), ("dul.rank=4", "dual"), ("rank=4", "dual.rank"), ("teacher.bas_url=x", "base_url")],
+    [("dual.rnk=4", "dual.rank"), ("dul.rank=4", "dual"), ("rank=4", "rank"), ("teacher.bas_url=x", "base_url")],
 )
 def test_an_unknown_key_names_the_nearest_known_one(text, nearest):
     with pytest.raises(ConfigError, match=rf"did you mean .*{nearest}"):

@@ -186,3 +186,10 @@ def test_permutation_keeps_each_group_its_own_rows():
     metrics.permutation_p(lambda order: seen.append(order.copy()) or 0.0, rows, groups, resamples=20)
     assert all(sorted(order[groups == 1]) == [10, 11, 12] for order in seen)
     assert len({tuple(order) for order in seen}) > 4
+
+
+def test_distinct2_by_hand():
+    # 1 2 1 2: (1 2) (2 1) (1 2) -> 2 of 3; with 2 1: 2 of 4
+    assert metrics.distinct2([[1, 2, 1, 2]]) == pytest.approx(2 / 3)
+    assert metrics.distinct2([[1, 2, 1, 2], [2, 1]]) == pytest.approx(2 / 4)
+    assert metrics.distinct2([[1], []]) == 0.0

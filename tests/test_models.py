@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hominem_mlx.errors import InputError, ModelError
-from hominem_mlx.models import backbone, lora
+from hominem_mlx.models import backbone, lora, sampling
 
 SHAPE = lora.Shape(rank=4, scale=2.0)
 
@@ -138,3 +138,20 @@ def test_a_model_that_is_not_there_says_what_to_do(name):
 def test_a_folder_without_a_model_says_what_is_missing(tmp_path):
     with pytest.raises(ModelError, match=r"config\.json"):
         backbone.load(str(tmp_path))
+
+
+def test_several_answers_to_a_prompt_stand_together_and_read_it_once(tiny, monkeypatch):
+    lm, prompts = tiny(), ["Tell me what to do.", "Is the earth flat?", "I feel tired today."]
+    alone = sampling.answers(lm, prompts, max_tokens=6, temperature=0.0, seed=0)
+    body, read = type(lm.model).__call__, []
+
+    def count(self, tokens, *args, **kwargs):
+        read.append(tokens.size)
+        return body(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(lm.model), "__call__", count)
+    together = sampling.answers(lm, prompts, each=3, max_tokens=6, temperature=0.0, seed=0)
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone for _ in range(3)]
+    assert sum(read[:3]) == sum(len(lm.prompt_tokens(prompt)) - 1 for prompt in prompts) and set(read[3:]) <= {1, 8, 9}
+    first, second = (sampling.answers(lm, prompts, each=2, max_tokens=6, temperature=1.0, seed=s) for s in (1, 2))
+    assert first[0].tokens != first[1].tokens and first != second

@@ -273,6 +273,63 @@ class FullConfig(Section):
     """Seed of order and of rounding to the base's precision."""
 
 
+class RlConfig(Section):
+    """The adapter, by reinforcement: the student answers training prompts, the reward model judges (RLOO)."""
+
+    steps: Count = 100
+    """Steps; each answers a batch of prompts anew."""
+    batch_prompts: Count = 8
+    """Prompts a step."""
+    answers: Annotated[int, Field(ge=2, le=32)] = 4
+    """Answers to each of them; every one is compared with the others."""
+    max_tokens: Count = 128
+    """Longest answer; one that does not end by then counts as worse than all that do."""
+    kl_weight: NonNegative = 0.05
+    """What a nat of distance from the base costs, in standard deviations of the reward."""
+    uncertainty_weight: NonNegative = 1.0
+    """What a standard deviation of doubt in the reward costs."""
+    length_weight: NonNegative = 0.5
+    """What an answer of twice the base's mean length costs."""
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """LoRA rank."""
+    scale: Positive = 2.0
+    """LoRA scale (alpha / rank in PEFT's words)."""
+    num_layers: int = -1
+    """Blocks, counted from the last, that get an adapter; -1 is all."""
+    targets: Literal["linear", "head", "all"] = "linear"
+    """What may move: the linear layers of the blocks, the output layer, or all of them."""
+    head_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """How many directions of its input the output layer may read, the strongest first; 0 leaves it free. With 1 it
+    weighs words, which few answers suffice to learn."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Linear warm-up; then cosine to a tenth."""
+    clip_norm: Positive = 1.0
+    """Gradient clipping by global norm."""
+    eval_every: Count = 10
+    """Steps between looks by the guards."""
+    save_every: Count = 10
+    """Steps between resumable checkpoints."""
+    probes: Annotated[int, Field(ge=8)] = 128
+    """Answers to validation prompts in each look; the base's own answers to them set the scale of the reward."""
+    max_kl: Positive = 10.0
+    """Guard: nats between policy and base, a whole answer."""
+    max_length: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.3
+    """Guard: mean length against the base's."""
+    min_distinct2: Share = 0.8
+    """Guard: share of different neighbouring tokens against the base's."""
+    max_strange: Share = 0.05
+    """Guard: share of answers on which the reward model is less sure than on 99 % of the base's; it speaks when a look
+    finds more, by over a standard error."""
+    safety_low: Signed = -0.2
+    """An answer this unsafe is never reinforced."""
+    safety_high: Signed = 0.2
+    """One this safe always may be; between, in proportion."""
+    seed: int = 0
+    """Seed of initialisation, order and answers."""
+
+
 class EvaluationConfig(Section):
     """How an adapter is judged."""
 
@@ -303,6 +360,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     dual: DualConfig = DualConfig()
     full: FullConfig = FullConfig()
+    rl: RlConfig = RlConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 

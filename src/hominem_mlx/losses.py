@@ -171,6 +171,22 @@ def intensity_weight(intensity: mx.array, *, mean: float) -> mx.array:
     return mx.clip(intensity / max(mean, 1e-6), 0.25, 4.0)
 
 
+def rloo_advantage(reward: mx.array) -> mx.array:
+    """How much better each reply did than the mean of the other replies to its prompt.
+
+    Args:
+        reward: `[B, k]`, k >= 2 replies to each of B prompts.
+
+    Returns: `[B, k]`, in the unit of the reward; sums to 0 over a prompt's replies. The other replies make a baseline
+        that hangs on nothing of this one, so the gradient of `-advantage * logp` stays unbiased.
+    Source: Ahmadian et al. 2024, RLOO (arXiv 2402.14740).
+    """
+    if reward.ndim != 2 or reward.shape[1] < 2:
+        raise ValueError(f"rewards must be [B, k] with k >= 2, got shape {reward.shape}")
+    k = reward.shape[1]
+    return (reward - reward.mean(axis=1, keepdims=True)) * (k / (k - 1))
+
+
 def _logistic(logit: mx.array, target: mx.array | float) -> mx.array:
     """Cross-entropy of `sig(logit)` against `target`, finite for every finite logit."""
     return target * mx.logaddexp(0.0, -logit) + (1 - target) * mx.logaddexp(0.0, logit)

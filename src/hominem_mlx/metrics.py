@@ -4,7 +4,8 @@ Shapes: `N` rows, `K` reward dimensions, `M` pairs. A value that cannot be compu
 NaN, never 0. Rows where either side is NaN (a missing label) are left out of two-sided measures.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -185,6 +186,16 @@ def permutation_p(
         order[by_group] = shuffled
         reached += statistic(rows[order]) >= observed
     return (1 + reached) / (1 + resamples)
+
+
+def distinct2(texts: Sequence[Sequence[Hashable]]) -> float:
+    """Different neighbouring pairs over all such pairs, in texts of words or of tokens.
+
+    Returns: 1 where nothing repeats, near 0 where everything does; 0 without any pair.
+    Source: Li et al. 2016, distinct-n (arXiv 1510.03055).
+    """
+    pairs = [pair for text in texts for pair in itertools.pairwise(text)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def _both(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -116,3 +116,38 @@ def full(session: Session) -> None:
         session.console.say(f"{metrics['cut_responses']} replies were longer than full.max_tokens and lost their end.")
     session.console.say(f"{made.ref} is trained, not in use yet. Talk with it: hominem chat student.base={made.ref}")
     session.console.say(f"Make it the base: hominem artifacts use {made.ref}")
+
+
+@train.command()
+@shares()
+def rl(session: Session) -> None:
+    """Train an adapter by reinforcement: it answers training prompts, the reward model judges (RLOO).
+
+    Guards stop a run that learns to please its judge alone, and keep the last good state; an audit judge fitted on
+    validation labels watches. Not used until it was judged: hominem evaluate policy, then hominem artifacts use.
+    """
+    from hominem_mlx.data import dataset
+    from hominem_mlx.policy import rl as recipe
+    from hominem_mlx.reward.train import fit_audit
+
+    labels = session.current("dataset", "hominem data split", pointer="labels")
+    base = session.base  # before the reward model, which may read with it
+    scorer, judged_by = session.reward_model(), session.reward_artifact()
+    assert judged_by is not None  # or there would be no scorer
+    audit = fit_audit(dataset.read_labels(labels, "valid"), session.config, home=session.home, lm=base)
+    with session.console.progress() as report:
+        made = recipe.train(
+            session.registry, labels, judged_by, session.config, lm=base, scorer=scorer, audit=audit, progress=report
+        )
+    metrics = made.metadata["metrics"]
+    summary = metrics["training"]
+    session.console.result({"artifact": made.ref, "base": base.name, **metrics})
+    names = ("step", "reward", "audit", "kl", "tokens", "distinct2", "strange", "unfinished")
+    session.console.table(
+        ["after step", "reward", "audit", "nats from the base", "tokens", "distinct pairs", "strange", "unfinished"],
+        [[look[name] for name in names] for look in (metrics["before"], *summary["evaluations"])],
+    )
+    if summary["stopped"]:
+        session.console.say(f"A guard stopped it: {summary['stopped']}. Kept: step {metrics['kept_step']}.")
+    session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
+    session.console.say(f"Use it: hominem artifacts use {made.ref}")

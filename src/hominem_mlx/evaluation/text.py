@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+from hominem_mlx import metrics
+
 Piece = tuple[str, str]  # ("same" | "gone" | "new", text)
 
 
@@ -24,12 +26,8 @@ def is_recalled(answer: str, key: str, other_keys: Iterable[str]) -> bool:
 
 
 def distinct2(texts: Sequence[str]) -> float:
-    """Different neighbouring word pairs over all such pairs in `texts`: 1 never repeats, towards 0 always does.
-
-    0 without any pair. Source: Li et al. 2016, distinct-n (arXiv 1510.03055).
-    """
-    pairs = [pair for text in texts for pair in zip(words(text), words(text)[1:])]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+    """Share of different neighbouring word pairs; see `metrics.distinct2`."""
+    return metrics.distinct2([words(text) for text in texts])
 
 
 def word_diff(before: str, after: str) -> list[Piece]:

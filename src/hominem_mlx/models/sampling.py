@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
 from mlx_lm.generate import batch_generate, stream_generate
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
 from hominem_mlx.models.seeding import seeded
@@ -58,18 +60,28 @@ def answers(
     max_tokens: int,
     temperature: float,
     seed: int,
+    each: int = 1,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """`generate` for those who need to know how an answer ended."""
+    """`generate` for those who need to know how an answer ended, or want several.
+
+    With `each` above 1 that many answers to a prompt come one after the other, and the prompt is read once for all.
+    """
     token_rows = [lm.prompt_tokens(prompt, system=system) for prompt in prompts]
     found: list[Answer] = []
+    together = max(1, BATCH // each)
     with seeded(seed):
-        for start in range(0, len(token_rows), BATCH):
-            rows = token_rows[start : start + BATCH]
+        for start in range(0, len(token_rows), together):
+            rows = token_rows[start : start + together]
             sampler = make_sampler(temp=temperature)
+            shared: dict = {}
+            if each > 1:
+                caches = [_read(lm, row[:-1]) for row in rows]
+                shared = {"prompt_caches": [cache for cache in caches for _ in range(each)]}
+                rows = [row[-1:] for row in rows for _ in range(each)]
             response = batch_generate(
-                lm.model, lm.tokenizer, rows, max_tokens=max_tokens, sampler=sampler, return_token_ids=True
+                lm.model, lm.tokenizer, rows, max_tokens=max_tokens, sampler=sampler, return_token_ids=True, **shared
             )
             found += [
                 Answer(text.strip(), tokens, finished=len(tokens) < max_tokens)
@@ -78,6 +90,15 @@ def answers(
             if progress:
                 progress(len(found))
     return found
+
+
+def _read(lm: "LanguageModel", tokens: Sequence[int]) -> list:
+    """The model's caches after it has read these tokens; mlx-lm copies them for every answer that goes on from here."""
+    caches = make_prompt_cache(lm.model)
+    if tokens:
+        lm.model(mx.array([tokens]), cache=caches)
+        mx.eval([cache.state for cache in caches])
+    return caches
 
 
 def stream(

@@ -201,21 +201,10 @@ class Material:
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
     def head_directions(self) -> mx.array | None:
-        """Principal directions (not centred) of what the output layer reads in replies, `[head_rank, D]` float32.
-
-        The first is near the mean: an adapter that reads it weighs words, whatever was said before, and can be learnt
-        from few pairs. Scaled so that a reading is `HEAD_GAIN` in the root mean square. After Paischer et al. 2024, EVA
-        (arXiv 2410.07170), who start every LoRA from its inputs' principal directions. None where the output layer is
-        left free, or without pairs.
-        """
+        """`strongest_directions` of the pairs' replies; None where the output layer is left free, or without pairs."""
         if not (self.settings.head_rank and self.pair_rows):
             return None
-        rows = sorted(self.pair_rows, key=lambda row: row.num_tokens)[:: max(1, len(self.pair_rows) // 128)]
-        parts = [self.logprobs.hidden(self.logprobs.collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
-        hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
-        rank = min(self.settings.head_rank, self.settings.rank)
-        _, strength, axes = np.linalg.svd(hidden, full_matrices=False)
-        return mx.array(HEAD_GAIN * len(hidden) ** 0.5 * axes[:rank] / strength[:rank, None])
+        return strongest_directions(self.logprobs, self.pair_rows, min(self.settings.head_rank, self.settings.rank))
 
     def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
         """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
@@ -451,6 +440,20 @@ class Material:
         if limit and measured["valid_displacement"] < -limit:
             return f"chosen replies lost {-measured['valid_displacement']:.2f} nats a token (limit {limit})"
         return None
+
+
+def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int) -> mx.array:
+    """Principal directions (not centred) of what the output layer reads in replies, `[rank, D]` float32.
+
+    The first is near the mean: an adapter that reads it weighs words, whatever was said before, and can be learnt
+    from few pairs. Scaled so that a reading is `HEAD_GAIN` in the root mean square. After Paischer et al. 2024, EVA
+    (arXiv 2410.07170), who start every LoRA from its inputs' principal directions.
+    """
+    rows = sorted(rows, key=lambda row: row.num_tokens)[:: max(1, len(rows) // 128)]
+    parts = [logprobs.hidden(logprobs.collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
+    hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
+    _, strength, axes = np.linalg.svd(hidden, full_matrices=False)
+    return mx.array(HEAD_GAIN * len(hidden) ** 0.5 * axes[:rank] / strength[:rank, None])
 
 
 def swap(pair: Preference) -> Preference:

@@ -1,0 +1,465 @@
+"""Reinforcement by the reward model (RLOO): the student answers, and what does better than its siblings gets likelier.
+
+    R = sum_i w_i clip((r_i - mean_i) / sd_i, -3, 3) - c_u u - c_L max(0, length / L0 - 1) - c_KL (log p - log p_base)
+    A_j = R_j - mean of R over the other answers to the same prompt          loss = -mean_j A_j log p(answer_j)
+
+Mean, spread and L0 are those of the base's own answers and never change: a moving scale would move the goal. Every
+batch is drawn from the policy as it is and used for one step, so there is no ratio, no clipping, no critic. The base
+is frozen and is the reference. Source: Ahmadian et al. 2024 (arXiv 2402.14740); `science.md` 3.6.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from hominem_mlx import losses
+from hominem_mlx.config import Config, RlConfig
+from hominem_mlx.errors import InputError, TrainingError
+from hominem_mlx.files import lock, read_jsonl, read_objects, sha256_json, write_atomic
+from hominem_mlx.metrics import distinct2
+from hominem_mlx.models import lora
+from hominem_mlx.models.backbone import LanguageModel
+from hominem_mlx.models.sampling import Answer, answers
+from hominem_mlx.policy.dual import strongest_directions
+from hominem_mlx.records import Label
+from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
+from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
+from hominem_mlx.training.loop import METRICS, Channel, Plan
+from hominem_mlx.training.loop import train as run_loop
+from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
+
+Progress = Callable[[dict[str, Any]], None]
+Look = dict[str, Any]  # what was measured at one step, by name
+RECIPE = 1  # goes up when the same settings make another adapter, so that no run goes on by another recipe
+KEPT = "kept.safetensors"  # the adapter at the last look that nothing spoke against
+CLIP = 3.0  # standard deviations that one dimension may count, so that none of them buys all the others
+LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
+WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
+APART = 3  # looks in a row, each with a higher reward and a lower audit than the one before
+
+_weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
+WEIGHTS = _weights / _weights.sum()  # of the dimensions, [K]
+
+
+class Judge(Scorer, Protocol):
+    """A scorer that can say who it is: two judges of one fingerprint judge alike."""
+
+    def fingerprint(self) -> str:
+        """Digest of everything a score hangs on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge says of `n` answers: each dimension `[n, K]`; the standard deviation of the overall value `[n]`, 0
+    where the judge gives none; the lower bound of safety `[n]`."""
+
+    value: np.ndarray
+    doubt: np.ndarray
+    safety: np.ndarray
+
+    @classmethod
+    def of(cls, outputs: Sequence[RewardOutput]) -> "Verdicts":
+        """From the judge's outputs, in order."""
+        return cls(
+            np.array([said.vector for said in outputs]),
+            np.array([said.uncertainty.get("scalar", 0.0) for said in outputs]),
+            np.array([said.safety_score - said.uncertainty.get("safety_score", 0.0) for said in outputs]),
+        )
+
+    @property
+    def scalar(self) -> float:
+        """Mean of the overall reward, in [-1, 1]."""
+        return float((self.value @ WEIGHTS).mean())
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The base's own answers, by which every later one is measured: mean and spread `[K]`, tokens an answer."""
+
+    mean: np.ndarray
+    spread: np.ndarray
+    length: float
+
+    @classmethod
+    def of(cls, verdicts: Verdicts, lengths: np.ndarray) -> "Scale":
+        """From verdicts on `n` answers and their lengths `[n]`."""
+        spread = np.maximum(verdicts.value.std(axis=0), LEAST_SPREAD)
+        return cls(verdicts.value.mean(axis=0), spread, float(lengths.mean()))
+
+    def doubt(self, verdicts: Verdicts) -> np.ndarray:
+        """`u`: how unsure the judge is of each answer `[n]`, in the unit of `R`."""
+        return verdicts.doubt * (WEIGHTS / self.spread).sum()
+
+    def reward(self, verdicts: Verdicts, lengths: np.ndarray, settings: RlConfig) -> np.ndarray:
+        """`R` of each answer `[n]`, in standard deviations, but for its term of distance from the base."""
+        value = np.clip((verdicts.value - self.mean) / self.spread, -CLIP, CLIP) @ WEIGHTS
+        too_long = np.maximum(0, lengths / self.length - 1)
+        return value - settings.uncertainty_weight * self.doubt(verdicts) - settings.length_weight * too_long
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """`B` prompts with `k` answers each, neighbours, and of each answer, `[B, k]`: log p under the base, `R` without
+    its term of distance, how much of it may be learnt, whether it came to an end."""
+
+    rows: Rows
+    reference: mx.array
+    reward: mx.array
+    gate: mx.array
+    finished: mx.array
+
+
+def train(
+    registry: Registry,
+    labels: Artifact,
+    reward_model: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel,
+    scorer: Judge,
+    audit: Judge,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Train an adapter on its own answers and publish it; a killed run goes on from its last checkpoint.
+
+    Args:
+        labels: the "labels" dataset: prompts of its training part are answered, those of its validation part probed.
+        reward_model: the artifact behind `scorer`, a parent.
+        config: `config.rl` and `config.student.system` shape the adapter and are part of its identity.
+        lm: the base, without an adapter; it is handed back without one.
+        scorer: judges what is learnt from.
+        audit: a second opinion that is only watched; it should share neither rows nor features with `scorer`.
+
+    Returns: the `lora` artifact, not yet `current`. Where a guard stopped the run it is the adapter of the last look
+        that nothing spoke against, and `metrics` says which and why.
+    Raises: TrainingError when that is the untrained one, or a loss is not finite; InputError without prompts.
+    """
+    settings = config.rl
+    judges = {"scorer": scorer.fingerprint(), "audit": audit.fingerprint()}
+    identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
+    resolved: dict[str, Any] = {"rl": settings.model_dump(mode="json"), **identity, **judges}
+    parents = [labels, reward_model]
+    run = registry.home / "runs" / f"rl-{sha256_json([[parent.hash for parent in parents], resolved])[:16]}"
+    with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
+        practice = Practice(lm, settings, config.student.system, scorer, audit, run)
+        prompts, probes = _prompts(labels)
+        first = practice.first_look(probes)
+        directions = practice.head_directions()
+        shape = lora.Shape(settings.rank, settings.scale, 0.0, settings.num_layers)
+        linear, head = settings.targets in ("linear", "all"), settings.targets in ("head", "all")
+        lora.attach(lm, shape, seed=settings.seed, keys=lora.targets(lm, linear=linear, head=head))
+        if directions is not None:
+            lora.aim_head(lm, directions)
+        try:
+            summary = run_loop(
+                lm.model,
+                [Channel("rl", 1.0, practice.batches(prompts), practice.loss)],
+                _plan(settings),
+                run,
+                evaluate=practice.look,
+                should_stop=practice.should_stop,
+                progress=(
+                    lambda event: progress(
+                        {"stage": "training", "done": event["step"], "total": event["steps"]} | event
+                    )
+                )
+                if progress
+                else None,
+            )
+            kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
+            with registry.draft(
+                "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+            ) as draft:
+                lora.save_adapter(lm, draft.folder, shape)
+                draft.metrics = {
+                    "training": summary,
+                    "before": first,
+                    "kept_step": kept,
+                    "guards": story([first, *summary["evaluations"]], settings),
+                    "prompts": len(prompts),
+                }
+                draft.notes = {"base": lm.name, "pointer": lm.pointer}
+        finally:
+            lora.detach(lm)
+    registry.audit("train", draft.published.ref, base=lm.name)
+    shutil.rmtree(run, ignore_errors=True)
+    return draft.published
+
+
+def _prompts(labels: Artifact) -> tuple[list[str], list[str]]:
+    """What is answered to learn, and what is answered to look; the same where there is no validation part."""
+    parts = [
+        sorted({label.prompt for label in read_jsonl(labels.file(f"labels.{part}.jsonl"), Label, may_be_empty=True)})
+        for part in ("train", "valid")
+    ]
+    if not parts[0]:
+        raise InputError(
+            f"{labels.ref} has no training prompt to answer; label some replies, then `hominem data split`"
+        )
+    return parts[0], parts[1] or parts[0]
+
+
+def _plan(settings: RlConfig) -> Plan:
+    return Plan(
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        clip_norm=settings.clip_norm,
+        eval_every=settings.eval_every,
+        save_every=settings.save_every,
+    )
+
+
+class Practice:
+    """Answers of the policy as it is: batches to learn from, and looks at what becomes of it."""
+
+    def __init__(
+        self, lm: LanguageModel, settings: RlConfig, system: str | None, scorer: Scorer, audit: Scorer, run: Path
+    ):
+        self.lm, self.settings, self.system, self.run = lm, settings, system, run
+        self.scorer, self.audit = scorer, audit
+        self.logprobs = LogProbs(lm)
+
+    def _answer(self, prompts: Sequence[str], each: int, seed: int) -> tuple[list[str], list[Answer], list[Row]]:
+        """`each` answers a prompt, neighbours: the prompt of each, the answers, and both in tokens."""
+        settings = self.settings
+        said = answers(
+            self.lm,
+            prompts,
+            max_tokens=settings.max_tokens,
+            temperature=1.0,  # any other would draw from something that is not the policy
+            seed=seed,
+            each=each,
+            system=self.system,
+        )
+        asked = [prompt for prompt in prompts for _ in range(each)]
+        end = self.lm.tokenizer.eos_token_id
+        rows = [
+            Row(self.lm.prompt_tokens(prompt, system=self.system), answer.tokens + [end] * answer.finished)
+            for prompt, answer in zip(asked, said, strict=True)
+        ]
+        return asked, said, rows
+
+    # --- learning --------------------------------------------------------------------------------------------------
+
+    def batches(self, prompts: Sequence[str]) -> Callable[[int], Rollouts | None]:
+        """A function of the step: answers of the policy at that step, drawn by seed and step alone, and their worth."""
+        settings = self.settings
+        order = Order(len(prompts), settings.batch_prompts, settings.seed)
+
+        def batch_at(step: int) -> Rollouts | None:
+            seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
+            asked, said, rows = self._answer([prompts[i] for i in order.batch(step)], settings.answers, seed)
+            verdicts = Verdicts.of(self.scorer.score_many([(p, answer.text) for p, answer in zip(asked, said)]))
+            gate = losses.safety_gate(mx.array(verdicts.safety), low=settings.safety_low, high=settings.safety_high)
+            if not gate.any():
+                return None
+            with lora.without_adapter(self.lm):
+                reference = reference_logprobs(self.logprobs, rows)
+            reward = self.scale.reward(verdicts, _lengths(rows), settings)
+
+            def grouped(values) -> mx.array:
+                return mx.array(values).reshape(-1, settings.answers)
+
+            return Rollouts(
+                self.logprobs.collate(rows),
+                grouped(reference),
+                grouped(reward.astype(np.float32)),
+                grouped(gate),
+                grouped([answer.finished for answer in said]),
+            )
+
+        return batch_at
+
+    def loss(self, batch: Rollouts) -> tuple[mx.array, dict[str, mx.array]]:
+        """`rloo` of a batch, with what a step reports."""
+        loss, gained = rloo(self.logprobs(batch.rows).reshape(batch.reward.shape), batch, self.settings.kl_weight)
+        measured = {
+            "reward": batch.reward.mean(),
+            "gained": gained.mean(),
+            "tokens": batch.rows.lengths.mean(),
+            "finished": batch.finished.mean(),
+        }
+        return loss, measured
+
+    # --- looking ---------------------------------------------------------------------------------------------------
+
+    def first_look(self, prompts: Sequence[str]) -> Look:
+        """The base's own answers to `probes` prompts: they set the scale, and what the guards compare with."""
+        settings = self.settings
+        self.each = -(-settings.probes // len(prompts))
+        chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[: -(-settings.probes // self.each)]
+        self.probes = [prompts[i] for i in sorted(chosen)]
+        asked, said, rows = self._answer(self.probes, self.each, settings.seed)
+        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
+        verdicts = Verdicts.of(self.scorer.score_many(pairs))
+        self.scale = Scale.of(verdicts, _lengths(rows))
+        self.most_doubt = float(np.quantile(self.scale.doubt(verdicts), 0.99))
+        self.first = {"step": 0, **self._describe(pairs, said, rows, verdicts), "kl": 0.0}
+        self.first_rows = rows
+        return self.first
+
+    def head_directions(self) -> mx.array | None:
+        """What the output layer may read (`rl.head_rank`), found in the base's own answers; None where it is free."""
+        rank = min(self.settings.head_rank, self.settings.rank)
+        return strongest_directions(self.logprobs, self.first_rows, rank) if rank else None
+
+    def look(self, step: int) -> Look:
+        """The policy's answers to the same prompts, drawn with the same seed."""
+        asked, said, rows = self._answer(self.probes, self.each, self.settings.seed)
+        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
+        verdicts = Verdicts.of(self.scorer.score_many(pairs))
+        return {**self._describe(pairs, said, rows, verdicts), "kl": self.divergence(rows)}
+
+    def _describe(self, pairs, said: Sequence[Answer], rows: Sequence[Row], verdicts: Verdicts) -> Look:
+        audited = Verdicts.of(self.audit.score_many(pairs))
+        return {
+            "reward": verdicts.scalar,
+            "audit": audited.scalar,
+            "tokens": float(_lengths(rows).mean()),
+            "distinct2": distinct2([answer.tokens for answer in said]),
+            "strange": float((self.scale.doubt(verdicts) > self.most_doubt).mean()),
+            "unfinished": float(np.mean([not answer.finished for answer in said])),
+            **dict(zip(MANIFOLD.names, verdicts.value.mean(axis=0).tolist(), strict=True)),
+        }
+
+    def divergence(self, rows: Sequence[Row]) -> float:
+        """KL(policy || base) of a whole answer in nats, >= 0, estimated from answers of the policy.
+
+        Token by token `exp(d) - 1 - d` with `d = log p_base - log p`, which is never negative and varies far less than
+        `-d` (Schulman 2020, "k3"); summed over an answer.
+        """
+        total, order = 0.0, by_prompt(rows)
+        for start in range(0, len(order), 32):
+            batch = self.logprobs.collate([rows[i] for i in order[start : start + 32]])
+            policy = self.logprobs.per_token(batch)
+            mx.eval(policy)
+            with lora.without_adapter(self.lm):
+                base = self.logprobs.per_token(batch)
+                mx.eval(base)
+            total += k3(policy, base).sum().item()
+        return total / len(rows)
+
+    def should_stop(self, measured: Look) -> str | None:
+        """What the guards say of the newest look; keeps the adapter when they say nothing."""
+        # a run that goes on again may find looks ahead of its checkpoint: they will come out the same
+        written: list[Any] = [look for _, look in read_objects(self.run / METRICS)[0]]
+        past = {look["step"]: look for look in written if look["step"] <= measured["step"]}
+        looks = [self.first, *(past[step] for step in sorted(past))]
+        reasons = complaints(looks, self.settings)
+        if not reasons and apart(looks) == 0:
+            values = lora.adapter_parameters(self.lm.model)
+            scratch = self.run / f".next-{KEPT}"
+            mx.save_safetensors(str(scratch), values, metadata={"step": str(measured["step"])})
+            write_atomic(self.run / KEPT, scratch.read_bytes())
+            scratch.unlink()
+        return "; ".join(reasons.values()) or None
+
+    def take_back(self, reason: str) -> int:
+        """Give the model the adapter that was kept last, and say from which step it is."""
+        if not (self.run / KEPT).exists():
+            raise TrainingError(
+                f"a guard stopped the run and there is nothing good to keep: {reason}. Lower rl.learning_rate, look "
+                f"more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
+            )
+        values, metadata = mx.load(str(self.run / KEPT), return_metadata=True)
+        lora.set_parameters(self.lm.model, values)
+        return int(metadata["step"])
+
+
+def _lengths(rows: Sequence[Row]) -> np.ndarray:
+    return np.array([len(row.response) for row in rows], float)
+
+
+def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, mx.array]:
+    """The loss, and by how many nats the policy likes each answer better than the base does.
+
+    The distance from the base is part of the reward: as a term of the loss it would have another gradient. An answer
+    that may not be learnt from is not reinforced; pushing away from it is always allowed.
+
+    Args:
+        logp: log-probabilities of the answers under the policy, float32 `[B, k]`; the only thing with a gradient.
+        batch: the rest; its rows are not read.
+        kl_weight: `c_KL`.
+
+    Returns: a scalar, and `[B, k]`.
+    """
+    gained = mx.stop_gradient(logp) - batch.reference
+    advantage = losses.rloo_advantage(unfinished_last(batch.reward - kl_weight * gained, batch.finished))
+    lesson = mx.where(advantage > 0, batch.gate * advantage, advantage)
+    return -(lesson * logp).mean(), gained
+
+
+def unfinished_last(reward: mx.array, finished: mx.array) -> mx.array:
+    """Rewards `[B, k]` in which an answer that was cut off lies `WORSE` below the worst of its siblings that ended.
+
+    Where none of them ended all are alike, and nothing is learnt.
+    """
+    worst = mx.where(finished, reward, mx.inf).min(axis=1, keepdims=True)
+    worst = mx.where(mx.isinf(worst), 0.0, worst)
+    return mx.where(finished, reward, worst - WORSE)
+
+
+def k3(policy: mx.array, base: mx.array) -> mx.array:
+    """`exp(d) - 1 - d` with `d = base - policy`, of log-probabilities `[N]` of tokens that the policy drew."""
+    d = mx.minimum(base - policy, 20.0)  # a look must stay a number: beyond, the guard has long spoken
+    return mx.exp(d) - 1 - d
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+
+def apart(looks: Sequence[Look]) -> int:
+    """For how many looks in a row, up to the last, the reward has risen while the audit has fallen."""
+    count = 0
+    for before, after in zip(reversed(looks[:-1]), reversed(looks[1:])):
+        if not (after["reward"] > before["reward"] and after["audit"] < before["audit"]):
+            break
+        count += 1
+    return count
+
+
+def complaints(looks: Sequence[Look], limits: RlConfig) -> dict[str, str]:
+    """What speaks against the last of these looks, in words, by guard; the first look is the base's.
+
+    A policy that found out how to please its judge gives itself away: by length, by repetition, by leaving the ground
+    the judge knows, by going far, or before a second judge (Gao et al. 2022, arXiv 2210.10760).
+    """
+    first, last = looks[0], looks[-1]
+    longer = last["tokens"] / first["tokens"]
+    kept = last["distinct2"] / first["distinct2"] if first["distinct2"] else 1.0
+    found = {}
+    if not last["kl"] <= limits.max_kl:
+        found["kl"] = f"an answer is {last['kl']:.1f} nats from the base (limit {limits.max_kl:g})"
+    if longer > limits.max_length:
+        found["length"] = f"answers are {longer:.2f} times as long as the base's (limit {limits.max_length:g})"
+    if kept < limits.min_distinct2:
+        found["distinct2"] = f"only {kept:.2f} of the base's different pairs are left (limit {limits.min_distinct2:g})"
+    # a share counted in a sample: one or two of few answers must not end a run
+    if last["strange"] > limits.max_strange + (limits.max_strange * (1 - limits.max_strange) / limits.probes) ** 0.5:
+        found["strange"] = (
+            f"the reward model is unsure as never before of {last['strange']:.0%} of the answers "
+            f"(limit {limits.max_strange:.0%})"
+        )
+    if apart(looks) >= APART:
+        found["audit"] = (
+            f"for {APART} looks the reward rose (to {last['reward']:+.3f}) and the audit fell "
+            f"(to {last['audit']:+.3f}): what pleases the one judge displeases the other"
+        )
+    return found
+
+
+def story(looks: Sequence[Look], limits: RlConfig) -> list[dict[str, Any]]:
+    """Every complaint as `{"step", "guard", "why"}`, in order."""
+    return [
+        {"step": looks[end]["step"], "guard": guard, "why": why}
+        for end in range(1, len(looks))
+        for guard, why in complaints(looks[: end + 1], limits).items()
+    ]

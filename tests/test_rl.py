@@ -1,0 +1,407 @@
+"""Reinforcement: the estimator against numbers worked by hand and by enumeration, resume, and guards that catch."""
+
+import itertools
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from hominem_mlx import losses
+from hominem_mlx.config import load_config
+from hominem_mlx.errors import InputError, TrainingError
+from hominem_mlx.files import write_json, write_jsonl
+from hominem_mlx.models import lora
+from hominem_mlx.policy import rl
+from hominem_mlx.records import Label, Reward
+from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.training.rows import Row
+
+FAST = (
+    "rl.steps=4",
+    "rl.batch_prompts=2",
+    "rl.max_tokens=6",
+    "rl.rank=2",
+    "rl.learning_rate=0.01",
+    "rl.warmup_steps=1",
+    "rl.eval_every=2",
+    "rl.save_every=2",
+    "rl.probes=8",
+)
+
+
+class Planted:
+    """A judge of our own making: every dimension is `value(response)`."""
+
+    def __init__(self, name, value, safety=1.0, doubt=0.0):
+        self.name, self.value, self.safety, self.doubt = name, value, safety, doubt
+
+    def fingerprint(self):
+        return self.name
+
+    def score_many(self, pairs):
+        values = [float(np.clip(self.value(response), -1, 1)) for _, response in pairs]
+        return [
+            RewardOutput(
+                reward_vector=dict.fromkeys(MANIFOLD.names, value),
+                reward_intensity=0.5,
+                safety_score=self.safety,
+                scalar=value,
+                uncertainty={"scalar": self.doubt},
+            )
+            for value in values
+        ]
+
+
+def share_of_vowels(text):
+    return 4 * sum(letter in "aeiou" for letter in text) / max(1, len(text)) - 1
+
+
+LETTERS, NOTHING = Planted("letters", share_of_vowels), Planted("nothing", lambda text: 0.0)
+
+
+@pytest.fixture
+def talker(tiny):
+    """Makes the random model with one change: about one token in ten ends an answer, where else hardly any would.
+
+    Unit 0 of every embedding is the same, so what the output layer reads there is nearly constant: a bias.
+    """
+
+    def make():
+        lm = tiny()
+        table = lm.model.model.embed_tokens
+        weight = np.array(table.weight)
+        weight[:, 0] = 1.0
+        weight[lm.tokenizer.eos_token_id, 0] = 2.0
+        table.weight = mx.array(weight)
+        return lm
+
+    return make
+
+
+@pytest.fixture
+def line(registry):
+    """A labels dataset of a few prompts, and the artifact of a reward model."""
+    with registry.draft("dataset") as labels:
+        for part, numbers in (("train", range(4)), ("valid", range(4, 6))):
+            rows = [
+                Label(id=f"l{i}", prompt_id=f"p{i}", prompt=f"what of {i}?", response="x", reward=Reward(empathy=0.5))
+                for i in numbers
+            ]
+            write_jsonl(labels.folder / f"labels.{part}.jsonl", rows)
+    with registry.draft("reward_model", parents=[labels.published]) as model:
+        write_json(model.folder / "planted.json", {})
+    return labels.published, model.published
+
+
+def train(registry, line, lm, *overrides, scorer=LETTERS, audit=NOTHING, progress=None):
+    config = load_config(overrides=[*FAST, *overrides])
+    return rl.train(registry, *line, config, lm=lm, scorer=scorer, audit=audit, progress=progress)
+
+
+def weights(artifact):
+    return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
+
+
+def batch(reward, *, reference=0.0, gate=1.0, finished=True, rows=None):
+    shape = mx.array(reward).shape
+    full = [mx.broadcast_to(mx.array(value), shape) for value in (reference, gate, finished)]
+    return rl.Rollouts(rows, full[0], mx.array(reward), full[1], full[2])
+
+
+# --- the estimator --------------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand():
+    # 1 - (2+3+6)/3, 2 - (1+3+6)/3, 3 - (1+2+6)/3, 6 - (1+2+3)/3
+    wanted = [-8 / 3, -4 / 3, 0, 4]
+    assert losses.rloo_advantage(mx.array([[1.0, 2, 3, 6]])).tolist()[0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_advantages_leave_one_out_and_sum_to_nothing():
+    reward = np.random.default_rng(0).normal(size=(5, 4))
+    wanted = [[row[j] - np.delete(row, j).mean() for j in range(4)] for row in reward]
+    found = np.array(losses.rloo_advantage(mx.array(reward.astype(np.float32))))
+    assert found == pytest.approx(np.array(wanted), abs=1e-5)
+    assert found.sum(axis=1) == pytest.approx(np.zeros(5), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_one_answer_has_no_siblings(shape):
+    with pytest.raises(ValueError, match="k >= 2"):
+        losses.rloo_advantage(mx.zeros(shape))
+
+
+ARMS, BASE, PRICE = np.array([0.3, -0.2, 0.9]), np.log([0.5, 0.3, 0.2]), 0.4
+
+
+def expected_gradient(theta):
+    """Of the loss on two answers, over all nine that a three-armed policy can give, each as likely as it is."""
+    total, p = np.zeros(3), np.exp(theta - np.log(np.exp(theta).sum()))
+    for arms in itertools.product(range(3), repeat=2):
+        given = batch([[ARMS[i] for i in arms]], reference=[[BASE[i] for i in arms]])
+
+        def loss(values, arms=arms, given=given):
+            logp = values - mx.logsumexp(values)
+            return rl.rloo(logp[mx.array(arms)][None], given, PRICE)[0]
+
+        total += p[list(arms)].prod() * np.array(mx.grad(loss)(mx.array(theta.astype(np.float32))))
+    return total
+
+
+def worth(theta):
+    """What is to be made large: expected reward less the price of the distance from the base."""
+    logp = theta - np.log(np.exp(theta).sum())
+    return np.exp(logp) @ (ARMS - PRICE * (logp - BASE))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_expected_gradient_is_that_of_reward_less_divergence(seed):
+    theta, step = np.random.default_rng(seed).normal(size=3), 1e-5
+    wanted = [(worth(theta + step * axis) - worth(theta - step * axis)) / (2 * step) for axis in np.eye(3)]
+    assert -expected_gradient(theta) == pytest.approx(np.array(wanted), abs=1e-5)
+
+
+def test_a_bandit_ends_where_the_base_is_tilted_by_the_reward():
+    best = BASE + ARMS / PRICE
+    assert expected_gradient(best) == pytest.approx(np.zeros(3), abs=1e-6)
+    theta = BASE.copy()
+    for _ in range(60):
+        theta = theta - 4 * expected_gradient(theta)
+    assert np.exp(theta) / np.exp(theta).sum() == pytest.approx(np.exp(best) / np.exp(best).sum(), abs=1e-3)
+
+
+def test_the_gradient_on_a_model_is_the_sum_of_each_answers_own(tiny, tmp_path):
+    lm = tiny()
+    practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
+    rows = [
+        Row(lm.prompt_tokens(p), lm.response_tokens(r)) for p in ("a?", "b, then?") for r in ("yes", "no, no", "ah")
+    ]
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    values = lora.adapter_parameters(lm.model)
+    lora.set_parameters(lm.model, {name: 0.05 * mx.ones(value.shape) for name, value in values.items()})
+
+    def gradient(loss):
+        return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
+
+    reward, reference = np.array([[0.2, -1.0, 0.7], [0.1, 0.4, 0.3]]), -np.array([[9.0, 30, 8], [11, 25, 10]])
+    gate = np.array([[1.0, 1, 0.5], [0, 1, 1]])
+    given = batch(
+        reward.tolist(),
+        reference=reference.tolist(),
+        gate=gate.tolist(),
+        finished=[[True, True, True], [True, False, True]],
+        rows=practice.logprobs.collate(rows),
+    )
+    found = gradient(lambda: practice.loss(given)[0])
+    logp = np.array(practice.logprobs(given.rows)).reshape(2, 3)
+    total = reward - practice.settings.kl_weight * (logp - reference)
+    total[1, 1] = min(total[1, 0], total[1, 2]) - 0.5
+    advantage = (total - total.mean(axis=1, keepdims=True)) * 1.5
+    lesson = np.where(advantage > 0, gate * advantage, advantage).reshape(-1)
+    apart = [gradient(lambda row=row: practice.logprobs(practice.logprobs.collate([row])).sum()) for row in rows]
+    for name in found:
+        wanted = -sum(share * np.array(each[name]) for share, each in zip(lesson, apart)) / 6
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
+
+
+def test_an_answer_cut_off_is_worse_than_all_that_ended():
+    reward, finished = mx.array([[0.2, 5.0, -0.3], [1.0, 2.0, 3.0]]), mx.array([[True, False, True], [False] * 3])
+    assert rl.unfinished_last(reward, finished).tolist() == [pytest.approx([0.2, -0.8, -0.3]), [-0.5] * 3]
+
+
+def test_reward_by_hand():
+    settings = load_config(overrides=["rl.uncertainty_weight=2", "rl.length_weight=0.5"]).rl
+    seven = np.ones(7)
+    scale = rl.Scale(0.1 * seven, 0.2 * seven, length=10.0)
+    verdicts = rl.Verdicts(np.array([0.3 * seven, 0.9 * seven]), np.array([0.02, 0.0]), np.ones(2))
+    # (0.3 - 0.1) / 0.2 = 1, less 2 * 0.02 / 0.2; (0.9 - 0.1) / 0.2 = 4 is cut to 3, less 0.5 * (15 / 10 - 1)
+    assert scale.reward(verdicts, np.array([8.0, 15.0]), settings) == pytest.approx([0.8, 2.75])
+
+
+def test_the_scale_is_that_of_the_base_and_no_dimension_is_blown_up():
+    value = np.array([[0.0] * 7, [0.4] + [0.001] * 6])
+    scale = rl.Scale.of(rl.Verdicts(value, np.zeros(2), np.ones(2)), np.array([4.0, 8.0]))
+    assert scale.spread == pytest.approx([0.2] + [0.05] * 6) and scale.mean[0] == 0.2 and scale.length == 6
+
+
+def test_the_watched_divergence_is_never_negative_and_right_on_the_whole():
+    p, q = np.array([0.6, 0.3, 0.1]), np.array([0.2, 0.5, 0.3])
+    terms = np.array(rl.k3(mx.array(np.log(p)), mx.array(np.log(q))))
+    assert (terms >= 0).all() and p @ terms == pytest.approx(p @ np.log(p / q), rel=1e-5)
+    assert math.isfinite(rl.k3(mx.array([-200.0]), mx.array([0.0])).item())
+
+
+def test_divergence_of_the_base_from_itself_is_nothing_and_grows(tiny, tmp_path):
+    lm = tiny()
+    practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    _, _, rows = practice._answer(["one?", "two?"], 3, seed=1)
+    assert practice.divergence(rows) == pytest.approx(0, abs=1e-5)
+    for name, value in lora.adapter_parameters(lm.model).items():
+        if name.endswith("lora_b"):
+            lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
+    assert practice.divergence(rows) > 0.01
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, talker):
+    lm = talker()
+    digest = lm.fingerprint()
+    values = ("rl.steps=8", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.eval_every=4", "rl.probes=48")
+    made = train(registry, line, lm, *values, "rl.learning_rate=0.02", "rl.max_length=2")
+    assert lm.fingerprint() == digest and not lora.adapter_parameters(lm.model)
+    told = made.metadata["metrics"]
+    last = told["training"]["evaluations"][-1]
+    assert last["reward"] > told["before"]["reward"] + 0.1 and 0 < last["kl"] < 10
+    assert set(MANIFOLD.names) | {"tokens", "distinct2", "strange", "unfinished", "audit"} <= set(last)
+    assert told["guards"] == [] and told["kept_step"] == 8
+    assert made.metadata["parents"] == [artifact.ref for artifact in line]
+    assert not list((registry.home / "runs").iterdir())
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker):
+    straight = train(registry, line, talker())
+    assert straight.metadata["metrics"]["training"]["skipped_steps"] == 0
+    for dies_at in (1, 3):
+
+        def die(event, dies_at=dies_at):
+            if event.get("step") == dies_at:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(registry, line, talker(), progress=die)
+        assert train(registry, line, talker()).ref == straight.ref, "a hash of its weights"
+
+
+def test_what_is_unsafe_is_never_reinforced(registry, line, talker):
+    unsafe = Planted("unsafe", share_of_vowels, safety=-1.0)
+    made = train(registry, line, talker(), scorer=unsafe)
+    assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
+    assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
+
+
+def test_the_output_layer_alone_reads_one_direction(registry, line, talker):
+    made = train(registry, line, talker(), "rl.targets=head", "rl.head_rank=1")
+    found = weights(made)
+    assert found and all(lora.is_head(name) for name in found)
+    assert {np.linalg.matrix_rank(value, tol=1e-6) for value in found.values()} == {1}
+
+
+def test_nothing_to_answer_is_said(registry, line, talker):
+    with registry.draft("dataset") as labels:
+        for part in ("train", "valid"):
+            write_jsonl(labels.folder / f"labels.{part}.jsonl", [])
+    with pytest.raises(InputError, match="no training prompt"):
+        train(registry, (labels.published, line[1]), talker())
+    assert registry.artifacts("lora") == []
+
+
+# --- guards ---------------------------------------------------------------------------------------------------------
+
+LIMITS = load_config().rl
+CALM = {"reward": 0.1, "audit": 0.1, "tokens": 20.0, "distinct2": 0.5, "strange": 0.01, "kl": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("guard", "at_limit", "beyond"),
+    [
+        ("kl", {"kl": 10.0}, {"kl": 10.1}),
+        ("kl", {"kl": 10.0}, {"kl": float("nan")}),
+        ("length", {"tokens": 26.0}, {"tokens": 26.2}),
+        ("distinct2", {"distinct2": 0.4}, {"distinct2": 0.39}),
+        ("strange", {"strange": 0.069}, {"strange": 0.07}),  # 0.05 + sqrt(0.05 * 0.95 / 128) = 0.0693
+    ],
+)
+def test_each_guard_speaks_beyond_its_limit_only(guard, at_limit, beyond):
+    assert rl.complaints([CALM, {**CALM, **at_limit}], LIMITS) == {}
+    assert list(rl.complaints([CALM, {**CALM, **beyond}], LIMITS)) == [guard]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "audits", "looks"),
+    [
+        ([0, 1, 2, 3], [3, 2, 1, 0], 3),
+        ([0, 1, 2, 3], [0, 2, 1, 0], 2),
+        ([0, 1, 2, 3], [3, 2, 1, 1], 0),  # it did not fall
+        ([0, 1, 2, 1], [3, 2, 1, 0], 0),  # both fall: bad, but nobody is fooled
+        ([0, 1, 2, 3], [0, 1, 2, 3], 0),
+    ],
+)
+def test_judges_are_apart_while_one_rises_and_the_other_falls(rewards, audits, looks):
+    seen = [{**CALM, "reward": reward, "audit": audit} for reward, audit in zip(rewards, audits)]
+    assert rl.apart(seen) == looks
+    assert list(rl.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
+
+
+LOOSE = ("rl.max_kl=1000", "rl.min_distinct2=0", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.probes=48")
+
+
+def test_a_reward_that_loves_length_is_caught_and_the_last_good_state_is_kept(registry, line, talker):
+    lm, states = talker(), {}
+    longer = Planted("longer", lambda text: len(text) / 40 - 1)
+
+    def watch(event):
+        if "step" in event:
+            states[event["step"]] = {n: np.array(v) for n, v in lora.adapter_parameters(lm.model).items()}
+
+    values = (*LOOSE, "rl.steps=20", "rl.learning_rate=0.02", "rl.length_weight=0")
+    made = train(registry, line, lm, *values, scorer=longer, audit=LETTERS, progress=watch)
+    told = made.metadata["metrics"]
+    stopped, kept = told["training"]["steps"], told["kept_step"]
+    assert "times as long" in told["training"]["stopped"] and 0 < kept < stopped < 20
+    assert [(event["step"], event["guard"]) for event in told["guards"]] == [(stopped, "length")]
+    assert all(np.array_equal(value, states[kept][name]) for name, value in weights(made).items())
+    assert any(not np.array_equal(value, states[stopped][name]) for name, value in weights(made).items())
+
+
+class Drifting(Planted):
+    """From the moment `by` is set, each verdict is that much higher than the one before."""
+
+    by, drift = 0.0, 0.0
+
+    def score_many(self, pairs):
+        self.drift += self.by
+        return [
+            out.model_copy(update={"reward_vector": dict.fromkeys(MANIFOLD.names, self.drift)})
+            for out in super().score_many(pairs)
+        ]
+
+
+def test_judges_that_part_are_noticed_and_what_was_before_is_kept(registry, line, talker):
+    scorer, audit = Drifting("up", share_of_vowels), Drifting("down", share_of_vowels)
+
+    def change(event):
+        if event.get("step", 0) == 2:
+            scorer.by, audit.by = 0.01, -0.01
+
+    values = ("rl.steps=8", "rl.eval_every=1", "rl.max_kl=1000", "rl.max_length=9", "rl.min_distinct2=0")
+    told = train(registry, line, talker(), *values, scorer=scorer, audit=audit, progress=change).metadata["metrics"]
+    assert [(event["step"], event["guard"]) for event in told["guards"]] == [(5, "audit")]
+    assert told["kept_step"] == 2 and "the audit fell" in told["training"]["stopped"]
+
+
+def test_doubt_that_the_base_never_raised_is_caught(registry, line, talker):
+    judge = Planted("doubting", share_of_vowels)
+
+    def change(event):
+        judge.doubt = 0.5 * (event.get("step", 0) >= 3)
+
+    values = ("rl.max_kl=1000", "rl.max_length=9", "rl.min_distinct2=0")
+    told = train(registry, line, talker(), *values, scorer=judge, progress=change).metadata["metrics"]
+    assert [(event["step"], event["guard"]) for event in told["guards"]] == [(4, "strange")]
+    assert told["kept_step"] == 2 and "unsure as never before" in told["training"]["stopped"]
+
+
+def test_a_guard_that_speaks_at_the_first_look_leaves_nothing_to_publish(registry, line, talker):
+    with pytest.raises(TrainingError, match=r"nothing good to keep: an answer is .* nats from the base"):
+        train(registry, line, talker(), "rl.max_kl=1e-9")
+    assert registry.artifacts("lora") == []

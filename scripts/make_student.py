@@ -32,7 +32,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hominem_mlx.data.split import split_of
-from hominem_mlx.models.platform import lanes, logsumexp, quicken
 
 HERE = Path(__file__).resolve().parent
 STARTER = HERE.parent / "src" / "hominem_mlx" / "starter"
@@ -331,7 +330,6 @@ def new_model(tokenizer):
     model.update(tree_map_with_path(initial, model.parameters()))
     model.set_dtype(mx.float32)
     hold_constant_unit(model)
-    quicken(model)
     mx.eval(model.parameters())
     return model, config
 
@@ -357,9 +355,9 @@ def scale_constant_unit(model, examples):
 
 
 def batches(examples, tokens_per_batch, dice):
-    """One epoch in random order: neighbours in length share a batch, cut into a block for each lane of the machine.
-    Yields a list of blocks, each padded to its longest: inputs (rows, length), the places in them (n,), counted row
-    after row, that are answered by a word of the assistant's, and those words (n,)."""
+    """One epoch in random order: neighbours in length share a batch, padded to its longest.
+    Yields inputs (batch, length), the places in them (n,), counted row after row, that are answered by a word of the
+    assistant's, and those words (n,)."""
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]) + dice.random() * 4, i))
     chunks, chunk = [], []
     for i in order:
@@ -371,36 +369,27 @@ def batches(examples, tokens_per_batch, dice):
     dice.shuffle(chunks)
     pool = [i for ids, _ in examples[:2000] for i in ids]
     for chunk in chunks:
-        share = -(-len(chunk) // len(lanes()))
-        yield [block(examples, chunk[k : k + share], pool, dice) for k in range(0, len(chunk), share)]
+        longest = max(len(examples[i][0]) for i in chunk)
+        tokens, places, words = [], [], []
+        for row, i in enumerate(chunk):
+            ids, said = examples[i]
+            spots = [k for k in range(1, len(ids)) if said[k]]
+            seen = list(ids)
+            if len(spots) > 14 and dice.random() < 0.4:  # long replies only: facts must be read as they are
+                rate = dice.random() * MASK
+                seen = [dice.choice(pool) if said[k] and dice.random() < rate else i for k, i in enumerate(ids)]
+            tokens.append(seen + [0] * (longest - len(ids)))
+            places += [row * longest + k - 1 for k in spots]
+            words += [ids[k] for k in spots]
+        yield mx.array(tokens), mx.array(places), mx.array(words)
 
 
-def block(examples, chunk, pool, dice):
-    longest = max(len(examples[i][0]) for i in chunk)
-    tokens, places, words = [], [], []
-    for row, i in enumerate(chunk):
-        ids, said = examples[i]
-        spots = [k for k in range(1, len(ids)) if said[k]]
-        seen = list(ids)
-        if len(spots) > 14 and dice.random() < 0.4:  # long replies only: facts must be read as they are
-            rate = dice.random() * MASK
-            seen = [dice.choice(pool) if said[k] and dice.random() < rate else i for k, i in enumerate(ids)]
-        tokens.append(seen + [0] * (longest - len(ids)))
-        places += [row * longest + k - 1 for k in spots]
-        words += [ids[k] for k in spots]
-    return mx.array(tokens), mx.array(places), mx.array(words)
-
-
-def loss_of(model, blocks):
-    """Mean cross-entropy in nats of a batch's words at their places. The output layer, a quarter of the work, runs at
+def loss_of(model, tokens, places, words):
+    """Mean cross-entropy in nats of `words` (n,) at `places` (n,). The output layer, a quarter of the work, runs at
     those places alone."""
-    parts = []
-    for lane, (tokens, places, words) in zip(lanes(), blocks):
-        with mx.stream(lane):
-            hidden = model.model(tokens)
-            logits = model.lm_head(hidden.reshape(-1, hidden.shape[-1])[places])
-            parts.append((logsumexp(logits) - mx.take_along_axis(logits, words[:, None], axis=-1)[:, 0]).sum())
-    return sum(parts) / sum(len(words) for _, _, words in blocks)
+    hidden = model.model(tokens)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[places]
+    return nn.losses.cross_entropy(model.lm_head(hidden), words, reduction="mean")
 
 
 def train(model, examples, epochs, tokens_per_batch, peak, seed):
@@ -423,7 +412,7 @@ def train(model, examples, epochs, tokens_per_batch, peak, seed):
     started, step, shown, count = time.time(), 0, 0.0, 0
     for _ in range(epochs):
         for batch in batches(examples, tokens_per_batch, dice):
-            loss, gradient = step_of(model, batch)
+            loss, gradient = step_of(model, *batch)
             gradient, _ = optim.clip_grad_norm(gradient, 1.0)
             optimizer.update(model, gradient)
             hold_constant_unit(model)

@@ -150,14 +150,15 @@ def test_pairs_unsafe_on_both_sides_are_left_out_or_both_made_less_likely(regist
     data = dataset([*PAIRS, *unsafe], [], valid=unsafe)
     dropped = train(registry, data, lm, "dual.epochs=8")
     assert dropped.metadata["metrics"]["preferences"] == {"given": 6, "refused_by_gate": 2, "unlearnt": 0}
-    unlearnt = train(registry, data, lm, "dual.epochs=8", "dual.unsafe_pairs=npo")
+    unlearnt = train(registry, data, lm, "dual.unsafe_pairs=npo")
     assert unlearnt.metadata["metrics"]["preferences"] == {"given": 6, "refused_by_gate": 0, "unlearnt": 2}
-    adapted = backbone.load(str(lm.folder), adapter=unlearnt.folder)
+    alone = train(registry, dataset(unsafe, [], valid=unsafe), lm, "dual.epochs=8", "dual.unsafe_pairs=npo")
     rows = [
         dual.Row(lm.prompt_tokens(each.prompt), lm.response_tokens(reply))
         for each in unsafe
         for reply in (each.chosen, each.rejected)
     ]
+    adapted = backbone.load(str(lm.folder), adapter=alone.folder)
     before, after = (np.array(dual.reference_logprobs(dual.LogProbs(model), rows)) for model in (lm, adapted))
     assert (after < before).all()
 
@@ -167,8 +168,8 @@ def test_an_unsafe_pair_is_unlearnt_at_a_tenth_and_is_no_part_of_what_is_measure
     material = dual.Material(tiny(), settings, None, None)
     _, channel = material.channels([pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
     loss, measured = channel.loss(channel.batch_at(0))
-    # both sides at the reference: 2 * (2 / 0.1) * log 2, no likelihood term
-    assert loss.item() == pytest.approx(0.1 * 2 * 20 * math.log(2), rel=1e-5)
+    # both sides at the reference: 0.1 / 2 * 2 * (2 / 0.1) * log 2, no likelihood term
+    assert loss.item() == pytest.approx(0.1 * 2 * math.log(2), rel=1e-5)
     assert {name: value.item() for name, value in measured.items()} == {"accuracy": 0, "displacement": 0}
     _, channel = material.channels([pair(0), pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
     batch = channel.batch_at(0)
@@ -241,6 +242,19 @@ def test_every_adapter_matrix_moves(registry, dataset, tiny):
     trained = weights(train(registry, dataset(), tiny()))
     assert trained.keys() == start.keys()
     assert all(not np.array_equal(trained[name], start[name]) for name in start)
+
+
+def test_dropout_is_for_lessons_alone_and_drawn_from_the_step(registry, dataset, tiny):
+    data = dataset()
+    made = train(registry, data, tiny(), "dual.dropout=0.5")
+    mx.random.seed(77)
+    assert train(registry, data, tiny(), "dual.dropout=0.5").version == made.version
+    kept, whole = weights(made), weights(train(registry, data, tiny()))
+    assert any(not np.array_equal(kept[name], whole[name]) for name in whole)
+    lm = tiny()
+    lora.load_adapter(lm, made.folder)
+    tokens = mx.array([lm.prompt_tokens("what is 1?")])
+    assert mx.array_equal(lm.model(tokens), lm.model(tokens)).item()
 
 
 def test_the_same_run_twice_is_one_artifact(registry, dataset, tiny):

@@ -141,14 +141,14 @@ def test_the_given_student_is_the_backbone_and_its_adapter_is_not(saved, tiny, m
     rng = np.random.default_rng(0)
     values = {n: mx.array(rng.normal(size=v.shape), mx.float32) for n, v in lora.adapter_parameters(lm.model).items()}
     lora.set_parameters(lm.model, values)
-    monkeypatch.setattr(backbones, "load", lambda name: pytest.fail("a second copy was loaded"))
+    monkeypatch.setattr(backbones, "load", lambda name, **rest: pytest.fail("a second copy was loaded"))
     assert RewardModel.load(saved, lm=lm).score_many(PAIRS) == bare
 
 
 def test_without_the_student_the_backbone_is_loaded_when_first_needed(saved, tiny, monkeypatch):
     loads = []
     load = backbones.load
-    monkeypatch.setattr(backbones, "load", lambda name: loads.append(name) or load(name))
+    monkeypatch.setattr(backbones, "load", lambda name, **rest: loads.append(name) or load(name, **rest))
     model = RewardModel.load(saved)
     assert loads == []
     model.score_many(PAIRS)

@@ -237,6 +237,8 @@ class DualConfig(Section):
     def _fit_together(self):
         if self.head_rank and self.kind == "dora":
             raise ValueError("head_rank needs kind = lora: the lengths DoRA learns read every direction")
+        if self.unsafe_pairs == "npo" and self.loss == "simpo":
+            raise ValueError("unsafe_pairs = npo needs another loss: simpo's beta is of a token, NPO's of a reply")
         if self.checkpoint and self.dropout:
             raise ValueError("checkpoint needs dropout = 0: what is computed a second time would draw another mask")
         return self

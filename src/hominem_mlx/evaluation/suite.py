@@ -153,6 +153,8 @@ def attached(lm: LanguageModel, adapter: Artifact | Path | str | None) -> Iterat
     if adapter is None:
         yield folder
         return
+    if own is None and lm.adapters:
+        raise ModelError(f"{lm.name} has an adapter on that was never saved, and it would be lost: save or detach it")
     if own is not None:
         lora.detach(lm)
     try:

@@ -7,7 +7,7 @@ learns and is saved, and its arrays have the names they would have alone; everyt
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,6 +92,7 @@ def attach(
             layer.update_modules({_inner(layer): under[name]})
     _put(lm.model, {name: layer for name, layer in under.items() if name not in made})
     lm.adapters.append(None)
+    lm.model.eval()  # dropout is for lessons alone, and the loop switches it on for them
     _let_top_learn(lm.model)
 
 
@@ -318,7 +319,8 @@ def load_adapter(lm: "LanguageModel", folder: Path) -> None:
     try:
         if saved.over:
             _stand_on(lm, saved.folder, saved.over)
-        attach(lm, saved.shape, seed=0, keys=saved.keys, on_top=saved.over is not None)
+        still = replace(saved.shape, dropout=0.0)  # what was learnt speaks, or lies below what learns
+        attach(lm, still, seed=0, keys=saved.keys, on_top=saved.over is not None)
         if problems := list(_misfits(lm, saved)):
             raise InputError(problems)
     except HominemError:

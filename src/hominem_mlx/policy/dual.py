@@ -188,7 +188,8 @@ class Material:
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
             if said:
                 batches = self._anchor_batches(sorted(said))
-                channels.append(Channel("anchor", settings.anchor_weight, batches, self._anchor_loss, memory, "memory"))
+                held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
+                channels.append(Channel("anchor", held, batches, self._anchor_loss, memory, "memory"))
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -282,6 +283,7 @@ class Material:
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
+        weight = np.where(unlearn, np.minimum(weight, np.float32(UNLEARN_GATE)), weight)
         target = np.array([pair.target for pair in pairs], np.float32)
         margin = self._margins(pairs)
         if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
@@ -354,7 +356,8 @@ class Material:
         per_pair = per_pair + settings.nll_weight * losses.nll(logp[batch.chosen], lengths)
         learnt = mx.logical_not(batch.unlearn)
         if settings.unsafe_pairs == "npo":
-            away = losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta)
+            # by beta / 2: at the reference each side then has the slope that DPO has there
+            away = settings.beta / 2 * (losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta))
             per_pair = mx.where(learnt, per_pair, away)
         # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
         loss = (batch.weight * per_pair).sum() / n

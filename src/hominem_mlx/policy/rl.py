@@ -20,7 +20,7 @@ import numpy as np
 from hominem_mlx import losses
 from hominem_mlx.config import Config, RlConfig
 from hominem_mlx.errors import InputError, TrainingError
-from hominem_mlx.files import lock, read_jsonl, read_objects, sha256_json, write_atomic
+from hominem_mlx.files import lock, read_jsonl, read_objects, replace, sha256_json
 from hominem_mlx.metrics import distinct2
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
@@ -30,7 +30,7 @@ from hominem_mlx.records import Label
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
-from hominem_mlx.training.loop import METRICS, Channel, Plan
+from hominem_mlx.training.loop import METRICS, Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
 
@@ -145,7 +145,7 @@ def train(
     judges = {"scorer": scorer.fingerprint(), "audit": audit.fingerprint()}
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"rl": settings.model_dump(mode="json"), **identity, **judges}
-    parents = [labels, reward_model]
+    parents = [labels, reward_model, *(each for each in [registry.at(lm.folder)] if each)]
     run = registry.home / "runs" / f"rl-{sha256_json([[parent.hash for parent in parents], resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
         practice = Practice(lm, settings, config.student.system, scorer, audit, run)
@@ -165,13 +165,7 @@ def train(
                 run,
                 evaluate=practice.look,
                 should_stop=practice.should_stop,
-                progress=(
-                    lambda event: progress(
-                        {"stage": "training", "done": event["step"], "total": event["steps"]} | event
-                    )
-                )
-                if progress
-                else None,
+                progress=as_stage(progress),
             )
             kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
             with registry.draft(
@@ -339,10 +333,10 @@ class Practice:
         total, order = 0.0, by_prompt(rows)
         for start in range(0, len(order), 32):
             batch = self.logprobs.collate([rows[i] for i in order[start : start + 32]])
-            policy = self.logprobs.per_token(batch)
+            policy = self.logprobs.per_token(batch, gradient=False)
             mx.eval(policy)
             with lora.without_adapter(self.lm):
-                base = self.logprobs.per_token(batch)
+                base = self.logprobs.per_token(batch, gradient=False)
                 mx.eval(base)
             total += k3(policy, base).sum().item()
         return total / len(rows)
@@ -357,9 +351,14 @@ class Practice:
         if not reasons and apart(looks) == 0:
             values = lora.adapter_parameters(self.lm.model)
             scratch = self.run / f".next-{KEPT}"
-            mx.save_safetensors(str(scratch), values, metadata={"step": str(measured["step"])})
-            write_atomic(self.run / KEPT, scratch.read_bytes())
-            scratch.unlink()
+            try:
+                mx.save_safetensors(str(scratch), values, metadata={"step": str(measured["step"])})
+                replace(scratch, self.run / KEPT)
+            except (RuntimeError, OSError) as error:
+                scratch.unlink(missing_ok=True)
+                raise TrainingError(
+                    f"{self.run}: the adapter could not be kept ({error}); make room on the disk"
+                ) from error
         return "; ".join(reasons.values()) or None
 
     def take_back(self, reason: str) -> int:
@@ -382,7 +381,8 @@ def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, m
     """The loss, and by how many nats the policy likes each answer better than the base does.
 
     The distance from the base is part of the reward: as a term of the loss it would have another gradient. An answer
-    that may not be learnt from is not reinforced; pushing away from it is always allowed.
+    that may not be learnt from is not reinforced; pushing away from it is allowed, unless no answer of the batch may be
+    learnt from: then there is no step (`science.md` 3.4).
 
     Args:
         logp: log-probabilities of the answers under the policy, float32 `[B, k]`; the only thing with a gradient.

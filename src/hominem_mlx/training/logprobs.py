@@ -95,7 +95,7 @@ class LogProbs:
         hidden = self._hidden(block)
         logits = self._head(hidden)  # nothing is computed before it is asked for
         at_once = max(1, len(hidden) * LOGITS_BYTES // (len(lanes()) * logits.nbytes))
-        if at_once >= len(hidden) or not self._head_is_frozen():
+        if at_once >= len(hidden) or (gradient and not self._head_is_frozen()):
             return _of(block.targets, logits)
         return self._in_chunks(hidden, block.targets, -(-len(hidden) // -(-len(hidden) // at_once)), gradient)
 

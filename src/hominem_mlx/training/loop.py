@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl, replace
+from hominem_mlx.models.seeding import seeded
 from hominem_mlx.training import blend
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
@@ -101,7 +102,7 @@ def train(
     optimizer.init(model.trainable_parameters())
     story = _resume(model, optimizer, folder) or _new_story(channels)
     parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    passes = {channel.name: nn.value_and_grad(model, channel.loss) for channel in channels}
+    passes = {channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels}
     weights = {channel.name: channel.weight for channel in channels if not channel.follows}
     began = time.perf_counter()
     first_step = story["step"]
@@ -117,7 +118,7 @@ def train(
                 continue
             # a weight is a share of the turns or a factor, never both
             weight = channel.weight / weights[turn] if turn else channel.weight
-            with _only(model, parameters, channel.teaches):
+            with _only(model, parameters, channel.teaches), seeded(step):  # dropout draws the same when resumed here
                 lesson = _lesson(channel, passes[channel.name], place, weight, plan.accumulate)
             if lesson is None:
                 continue
@@ -204,6 +205,19 @@ def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float
         del tree, new  # what nothing else holds is overwritten in place
         mx.eval(mean)
     return mean
+
+
+def _in_training(model: nn.Module, value_and_grad: Callable) -> Callable:
+    """The same with dropout at work, which is at rest everywhere else."""
+
+    def taught(batch):
+        model.train()
+        try:
+            return value_and_grad(batch)
+        finally:
+            model.eval()
+
+    return taught
 
 
 @dataclass(frozen=True)

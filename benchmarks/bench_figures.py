@@ -167,7 +167,7 @@ def b3(results: Results) -> dict[str, Any]:
 
 def b4(results: Results) -> dict[str, Any]:
     """Memory of a step."""
-    reason = "training has no checkpoints over shared prompts yet"
+    reason = "the checkpointed step (dual.checkpoint) is not among the measured paths yet"
     seen = smaller(results, "B4", B, "ours", "mlx-lm-lora")
     return {
         "B4": figure("B4", None, n=0, how=f"{reason}; without them {_say(seen['value'])} ({seen['how']})"),

@@ -11,9 +11,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import dequantize_model
 
 from hominem_mlx import losses
-from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
+from hominem_mlx.training import logprobs as training_logprobs
+from hominem_mlx.training.logprobs import LOGITS_BYTES, LogProbs, reference_logprobs
 
-PATHS = {"flat": {"share": False}, "shared": {"share": True}}
+PATHS = {
+    "flat": {"share": False},
+    "shared": {},
+    "chunked": {"logits_bytes": 2**16},
+    "checkpointed": {"checkpoint": 1.0},
+}
 BASES = {"float32": None, "8 bits": 8, "4 bits": 4}
 
 
@@ -32,7 +38,9 @@ class Equality:
         for base, bits in BASES.items():
             reference, loss, gradients = self._naive(bits)
             for path, arguments in PATHS.items():
-                step = Blended(self.shape, self.pairs, bits=bits, **arguments)
+                training_logprobs.LOGITS_BYTES = arguments.get("logits_bytes", LOGITS_BYTES)
+                options = {name: value for name, value in arguments.items() if name != "logits_bytes"}
+                step = Blended(self.shape, self.pairs, bits=bits, **options)
                 ours, tree = step.value_and_grad(step.collate())
                 found[f"{path}, {base}"] = {
                     "loss": abs(ours.item() - loss) / abs(loss),

@@ -17,7 +17,7 @@ EQUALITY, PROFILE, GPU = Case("T", 40, 12, 3), B, Case("Q", 200, 60, 4)
 
 OURS, CACHE = ("ours", "ours-plain"), "mlx-tune-cache"
 ALONE = ("equality", "profile", "gemm-share")  # called once, and nothing else runs beside them
-BLENDED, DPO = (*OURS, "ours-flat"), ("mlx-lm-lora", "mlx-tune", CACHE)
+BLENDED, DPO = (*OURS, "ours-flat", "ours-checkpointed"), ("mlx-lm-lora", "mlx-tune", CACHE)
 SFT = ("ours-sft", "ours-sft-plain", "mlx-lm")
 LOSS = dict.fromkeys(BLENDED, ("dpo", "sft")) | dict.fromkeys(DPO, ("dpo",)) | dict.fromkeys(SFT, ("sft_tokens",))
 MIB = 2**20
@@ -29,7 +29,7 @@ def needs(only: Sequence[str]) -> dict[Case, list[str]]:
         "B1": {EQUALITY: ["equality"]},
         "B2": {case: [*OURS, "mlx-lm-lora"] for case in (B, B_LONG, A)} | {A_LONG: ["ours"]},
         "B3": {case: [*OURS, "mlx-tune", CACHE] for case in (B, B_LONG, A, T, T_LONG)},
-        "B4": {A: ["ours", "mlx-lm-lora"], B: ["ours", "ours-flat", "mlx-lm-lora"]},
+        "B4": {A: ["ours", "mlx-lm-lora"], B: ["ours-checkpointed", "ours-flat", "mlx-lm-lora"]},
         "B5": {B: ["ours", "mlx-lm-lora"]},
         "B6": {B: ["ours-sft", "ours-sft-plain", "mlx-lm"]},
         "B7": {case: ["together", "one-by-one"] for case in CANDIDATES.values()},
@@ -114,6 +114,16 @@ def faster(results: Results, name: str, cases: Sequence[Case], path: str, than: 
     return figure(name, value, n=len(ratios), spread=(min(ratios), max(ratios)), how=f"{how} ({each})")
 
 
+def slower(results: Results, name: str, case: Case, path: str, than: str) -> dict[str, Any]:
+    """Time of a path as a share of another's: median of the rounds' ratios."""
+    if reason := results.missing(case, (path, than)):
+        return figure(name, None, n=0, how=reason)
+    ours, theirs = results.measured[case, path].seconds, results.measured[case, than].seconds
+    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+    how = f"{path} beside {than}, {case}"
+    return figure(name, statistics.median(ratios), n=len(ratios), spread=(min(ratios), max(ratios)), how=how)
+
+
 def smaller(results: Results, name: str, case: Case, path: str, than: str) -> dict[str, Any]:
     """Peak memory of a step above resident, as a share of another path's."""
     if reason := results.missing(case, (path, than)):
@@ -167,11 +177,9 @@ def b3(results: Results) -> dict[str, Any]:
 
 def b4(results: Results) -> dict[str, Any]:
     """Memory of a step."""
-    reason = "the checkpointed step (dual.checkpoint) is not among the measured paths yet"
-    seen = smaller(results, "B4", B, "ours", "mlx-lm-lora")
     return {
-        "B4": figure("B4", None, n=0, how=f"{reason}; without them {_say(seen['value'])} ({seen['how']})"),
-        "B4_time": figure("B4_time", None, n=0, how=reason),
+        "B4": smaller(results, "B4", B, "ours-checkpointed", "mlx-lm-lora"),
+        "B4_time": slower(results, "B4_time", B, "ours-checkpointed", "ours-flat"),
         "B4_A": smaller(results, "B4_A", A, "ours", "mlx-lm-lora"),
     }
 

@@ -67,9 +67,9 @@ def rows_of(pairs: Sequence[Pair]) -> list[Row]:
 class _Step:
     """Collate, loss, gradients, Adam: what one training step does."""
 
-    def __init__(self, lm: RandomModel, rows: Sequence[Row], *, share: bool):
+    def __init__(self, lm: RandomModel, rows: Sequence[Row], *, share: bool, checkpoint: float = 0.0):
         self.lm, self.rows, self.share = lm, rows, share
-        self.logprobs = LogProbs(lm)
+        self.logprobs = LogProbs(lm, checkpoint=checkpoint)
         self.prepare()
         add_adapter(lm.model)
         self.optimizer = optim.Adam(RATE)
@@ -81,7 +81,7 @@ class _Step:
 
     def collate(self) -> Rows:
         """The rows as a batch; without `share` every prompt is read with each of its replies."""
-        return self.logprobs.collate(self.rows) if self.share else collate(self.rows)
+        return self.logprobs.collate(self.rows, share=self.share)
 
     def __call__(self) -> float:
         batch = self.collate()
@@ -94,9 +94,9 @@ class _Step:
 class Blended(_Step):
     """SFT on the chosen replies and DPO, from the same log-probabilities."""
 
-    def __init__(self, shape: Shape, pairs: Sequence[Pair], *, share: bool = True, **kind):
+    def __init__(self, shape: Shape, pairs: Sequence[Pair], *, share: bool = True, checkpoint: float = 0.0, **kind):
         self.lengths = mx.array([float(len(pair.chosen)) for pair in pairs])
-        super().__init__(language_model(shape, **kind), rows_of(pairs), share=share)
+        super().__init__(language_model(shape, **kind), rows_of(pairs), share=share, checkpoint=checkpoint)
 
     def prepare(self):
         """The reference is the base itself: its log-probabilities are computed once."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 from bench_models import SCALE, Pair, Shape
 from bench_ours import Blended
 from mlx.utils import tree_map
@@ -79,7 +80,7 @@ class Profile:
 
     def __call__(self) -> dict:
         bare = self._seconds(lambda one: self._linear(one, adapter=False))
-        heads = [(lane, self._head(block), 1) for lane, block in enumerate(self.batch.blocks)]
+        heads = [(block.lane, self._head(block), 1) for block in self.batch.blocks]
         parts = {
             "linear layers": bare,
             "LoRA": self._seconds(lambda one: self._linear(one, adapter=True)) - bare,
@@ -181,9 +182,15 @@ class Pass:
 
 
 def _passes(batch: Rows) -> Iterator[Pass]:
-    for lane, block in enumerate(batch.blocks):
+    read = set()
+    for block in batch.blocks:
         before = 0
         if block.prompts:
             texts, before = block.prompts.tokens.shape
-            yield Pass(lane, texts, before, 0, False)
-        yield Pass(lane, *block.tokens.shape, before, True)
+            if not block.spread:
+                yield Pass(block.lane, texts, before, 0, False)
+            elif id(block.prompts.tokens) not in read:
+                read.add(id(block.prompts.tokens))
+                for lane, piece in enumerate(np.array_split(np.arange(before), len(lanes()))):
+                    yield Pass(lane, texts, len(piece), int(piece[0]), False)
+        yield Pass(block.lane, *block.tokens.shape, before, True)

@@ -17,6 +17,7 @@ PATHS = {  # name: module, class, its arguments, the package it needs (None: our
     "ours": ("bench_ours", "Blended", {}, None),
     "ours-plain": ("bench_ours", "Blended", {"plain": True}, None),
     "ours-flat": ("bench_ours", "Blended", {"share": False}, None),
+    "ours-checkpointed": ("bench_ours", "Blended", {"checkpoint": 0.5}, None),
     "ours-sft": ("bench_ours", "Sft", {}, None),
     "ours-sft-plain": ("bench_ours", "Sft", {"plain": True}, None),
     "one-by-one": ("bench_ours", "Candidates", {"one_by_one": True}, None),

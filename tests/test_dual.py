@@ -458,7 +458,7 @@ def test_validation_pairs_are_sketched_at_the_end_when_asked_for(registry, datas
 
 
 def test_checkpoints_train_the_same_adapter(registry, dataset, tiny):
-    plain, checkpointed = (train(registry, dataset(), tiny(), f"dual.checkpoint={on}") for on in ("false", "true"))
-    assert checkpointed.metadata["metrics"]["checkpointed"] is True and "checkpointed" not in plain.metadata["metrics"]
+    plain, checkpointed = (train(registry, dataset(), tiny(), f"dual.checkpoint={on}") for on in (0, 1))
+    assert checkpointed.metadata["metrics"]["checkpointed"] > 0 and "checkpointed" not in plain.metadata["metrics"]
     for name, value in weights(plain).items():
         assert np.abs(weights(checkpointed)[name] - value).max() <= 1e-4 * np.abs(value).max(), name

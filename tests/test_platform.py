@@ -33,8 +33,10 @@ def same(ours, theirs, primals, near=1e-6):
         assert mx.abs(our - their).max().item() <= near * max(1.0, mx.abs(their).max().item())
 
 
+@pytest.mark.parametrize("piece", [128, 3])
 @pytest.mark.parametrize("mask", MASKS)
-def test_attention_is_mlx_s_attention(mask):
+def test_attention_is_mlx_s_attention(mask, piece, monkeypatch):
+    monkeypatch.setattr(platform, "PIECE", piece)
     mx.random.seed(4)
     queries, keys, values = (mx.random.normal((3, heads, length, 8)) for heads, length in ((4, 7), (2, 9), (2, 9)))
     mask = MASKS[mask]()

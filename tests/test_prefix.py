@@ -9,6 +9,9 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from hominem_mlx.models import lora, prefix
+from hominem_mlx.training import cutting
+from hominem_mlx.training import logprobs as training_logprobs
+from hominem_mlx.training import rows as training_rows
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.rows import Row, collate
 
@@ -55,8 +58,13 @@ def language_model(family, tiny):
     return lm
 
 
+@pytest.mark.parametrize("spread", [False, True], ids=["in one lane", "in all lanes"])
 @pytest.mark.parametrize("family", PLAIN)
-def test_shared_prompts_give_the_log_probabilities_and_gradients_of_single_rows(family, tiny):
+def test_shared_prompts_give_the_log_probabilities_and_gradients_of_single_rows(family, spread, tiny, monkeypatch):
+    if spread:
+        streams = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(3))
+        for module in (training_rows, training_logprobs):
+            monkeypatch.setattr(module, "lanes", lambda: streams)
     lm = language_model(family, tiny)
     lm.prompt_tokens = lambda text: [1, 2, 3]
     lora.attach(lm, lora.Shape(rank=2, scale=2.0), seed=0)
@@ -65,8 +73,12 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_single_rows(
         lm.model, {k: mx.random.normal(v.shape) * 0.1 for k, v in lora.adapter_parameters(lm.model).items()}
     )
     logprobs = LogProbs(lm)
-    shared = logprobs.collate(ROWS)
+    with monkeypatch.context() as patch:
+        if spread:
+            patch.setattr(cutting, "_in_one_lane_each", lambda *_: ([], np.inf))
+        shared = logprobs.collate(ROWS)
     assert all(block.prompts is not None for block in shared.blocks), f"{family} shares no prompt"
+    assert all(block.spread == spread for block in shared.blocks)
     alone = [collate([row]) for row in ROWS]
     weight = mx.array([1.0, -2.0, 0.5, 3.0])
 
@@ -74,11 +86,11 @@ def test_shared_prompts_give_the_log_probabilities_and_gradients_of_single_rows(
         return (mx.concatenate([logprobs(batch) for batch in batches]) * weight).sum()
 
     wanted, by_row = nn.value_and_grad(lm.model, loss)(alone)
-    for checkpoint in (False, True):
+    for checkpoint in (0.0, 0.5, 1.0):
         logprobs = LogProbs(lm, checkpoint=checkpoint)
         value, gradient = nn.value_and_grad(lm.model, loss)([shared])
         assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
-        assert logprobs.checkpoints == (checkpoint and family not in NOT_CHECKPOINTED)
+        assert logprobs.checkpoints == (0 if family in NOT_CHECKPOINTED else round(2 * checkpoint))
         for (name, ours), (_, theirs) in zip(tree_flatten(gradient), tree_flatten(by_row), strict=True):
             most = mx.abs(theirs).max().item()
             assert mx.abs(ours - theirs).max().item() <= 1e-5 * max(most, 1e-3), name

@@ -69,14 +69,15 @@ def test_there_is_one_lane_on_a_mac(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_batch_is_cut_into_a_block_a_lane_and_says_the_same(tiny, monkeypatch, number):
+def test_a_batch_keeps_every_lane_busy_and_says_the_same(tiny, monkeypatch, number):
     streams = tuple(mx.new_thread_local_stream(mx.cpu) for _ in range(number))
     for module in (training_rows, training_logprobs):
         monkeypatch.setattr(module, "lanes", lambda: streams)
     lm = tiny()
     rows = [*rows_of(lm), *rows_of(lm)[::-1]]
     batch = collate(rows)
-    assert len(batch.blocks) == number and sum(len(block.tokens) for block in batch.blocks) == 6
+    assert {block.lane for block in batch.blocks} == set(range(number))
+    assert sum(len(block.tokens) for block in batch.blocks) == 6
     assert LogProbs(lm)(batch).tolist() == pytest.approx([naive_logprob(lm, row) for row in rows], rel=1e-5)
 
 

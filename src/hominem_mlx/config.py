@@ -210,9 +210,9 @@ class DualConfig(Section):
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
-    checkpoint: bool = False
-    """Compute every block a second time for its gradient: less memory, a third more time. Families that do not allow
-    it train as ever; the adapter's METADATA says `checkpointed`."""
+    checkpoint: Share = 0.0
+    """Share of the blocks computed a second time for their gradient: 1 takes a quarter of the memory and half as much
+    time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     save_every: Count = 50

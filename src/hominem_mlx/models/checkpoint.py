@@ -48,11 +48,20 @@ def can_checkpoint(model: nn.Module, *, shares: bool) -> bool:
 
 
 @contextlib.contextmanager
-def checkpointed(body: nn.Module) -> Iterator[list["_Block"]]:
-    """What is read inside the `with` keeps one hidden state a block for its gradient, not all that blocks compute."""
+def checkpointed(body: nn.Module, number: int | None = None) -> Iterator[list["_Block"]]:
+    """What is read inside the `with` keeps one hidden state a block for its gradient, not all that blocks compute.
+
+    Args:
+        number: of blocks to treat so, from below, since what the upper ones keep is gone when the lower ones compute
+            again; by default all.
+    """
     layers = body.layers
+    number = len(layers) if number is None else number
     stream = _PromptStream()
-    body.layers = [_Block(block, stream, is_last=place == len(layers) - 1) for place, block in enumerate(layers)]
+    body.layers = [
+        _Block(block, stream, again=place < number, is_last=place == len(layers) - 1)
+        for place, block in enumerate(layers)
+    ]
     try:
         yield body.layers
     finally:
@@ -66,10 +75,14 @@ class _PromptStream:
 
 
 class _Block:
-    """Stands in for a block: notes how it reads the prompts, and reads them when it reads the rows."""
+    """Stands in for a block: notes how it reads the prompts, and reads them when it reads the rows.
 
-    def __init__(self, block: nn.Module, prompts: _PromptStream, *, is_last: bool):
-        self.block, self.prompts, self.is_last = block, prompts, is_last
+    Args:
+        again: keep only what goes in, and compute the rest again for the gradient.
+    """
+
+    def __init__(self, block: nn.Module, prompts: _PromptStream, *, again: bool, is_last: bool):
+        self.block, self.prompts, self.again, self.is_last = block, prompts, again, is_last
         self.calls = 0
 
     def __getattr__(self, name):  # some families ask their blocks for attributes
@@ -111,6 +124,6 @@ class _Block:
             of_streams, of_weights = gradients[: len(streams)], gradients[len(streams) :]
             return [*(mx.depends(of_streams, of_weights) if of_weights else of_streams), *of_weights]
 
-        out = with_gradient(forward, backward)(list(arrays))
+        out = (with_gradient(forward, backward) if self.again else forward)(list(arrays))
         self.prompts.hidden = out[1] if len(out) > 1 else None
         return out[0]

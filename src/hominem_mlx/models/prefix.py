@@ -6,11 +6,12 @@ made of them and put it before what replies make. A row's positions start where 
 Exact for families whose layers look back over everything and keep nothing else; `can_share` finds out which do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
@@ -31,11 +32,22 @@ class Prompts:
 
 
 class Recorder:
-    """Looks like an empty cache; keeps the keys and values of a layer, `[P, heads, S, head size]`."""
+    """Looks like the cache of one layer; keeps the keys and values of prompts, `[P, heads, S, head size]`.
 
-    offset = 0
+    Args:
+        before: what an earlier piece of the same prompts left; None where they begin.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+    def __init__(self, before: "Recorder | None" = None):
+        self.before, self.offset = before, before.keys.shape[2] if before else 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.before:
+            keys = mx.concatenate([self.before.keys, keys], axis=2)
+            values = mx.concatenate([self.before.values, values], axis=2)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -45,7 +57,7 @@ class Recorder:
 
     def make_mask(self, length: int, *, return_array: bool = False, window_size: int | None = None):
         _refuse(window_size)
-        return create_causal_mask(length) if return_array else "causal"
+        return create_causal_mask(length, self.offset) if return_array else "causal"
 
 
 class Continued:
@@ -71,7 +83,28 @@ def _refuse(window_size: int | None) -> None:
         raise ValueError(f"this model looks back {window_size} tokens only; its prompts cannot be shared")
 
 
-def read_after(body: Body, prompts: Prompts, tokens: mx.array, num_layers: int) -> mx.array:
+def read_prompts(
+    body: Body, prompts: Prompts, num_layers: int, streams: Sequence[mx.Stream | mx.ThreadLocalStream] = ()
+) -> list[Recorder]:
+    """What every layer keeps of the prompts.
+
+    Args:
+        streams: where to compute; the prompts are cut into as many pieces, which run side by side, since a piece wants
+            no more of the one before it than the keys and values of the same layer. By default in one piece, here.
+    """
+    records: list = [None] * num_layers
+    streams = streams or [mx.default_stream(mx.default_device())]
+    for stream, piece in zip(streams, np.array_split(np.arange(prompts.tokens.shape[1]), len(streams))):
+        if len(piece):
+            with mx.stream(stream):
+                records = [Recorder(before) for before in records]
+                body(prompts.tokens[:, piece[0] : piece[-1] + 1], cache=records)
+    return records  # only what the caches kept is used, so the last layer's rest is never computed
+
+
+def read_after(
+    body: Body, prompts: Prompts, tokens: mx.array, num_layers: int, records: Sequence[Recorder] | None = None
+) -> mx.array:
     """What `body` makes of each row as if its prompt stood before it.
 
     Args:
@@ -79,11 +112,11 @@ def read_after(body: Body, prompts: Prompts, tokens: mx.array, num_layers: int) 
         prompts: what the rows go on from.
         tokens: int32 `[B, T]`, the prompt's last token and then the row's own, padded on the right.
         num_layers: number of caches the body wants.
+        records: of these prompts by `read_prompts`, where they have been read already.
 
     Returns: `[B, T, ...]`.
     """
-    records = [Recorder() for _ in range(num_layers)]
-    body(prompts.tokens, cache=records)  # only what the caches kept is used, so the last layer's rest is never computed
+    records = records or read_prompts(body, prompts, num_layers)
     (rows, length), before = tokens.shape, prompts.tokens.shape[1]
     offset = prompts.lengths[prompts.of]
     from_prompt = mx.arange(before) < offset[:, None]

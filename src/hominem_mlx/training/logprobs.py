@@ -2,23 +2,26 @@
 
 import contextlib
 import functools
-import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.utils import get_total_parameters
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.checkpoint import can_checkpoint, checkpointed
-from hominem_mlx.models.platform import lanes, logsumexp, with_gradient
-from hominem_mlx.models.prefix import can_share, read_after
+from hominem_mlx.models.platform import a_pass, lanes, logsumexp, with_gradient
+from hominem_mlx.models.prefix import Recorder, can_share, read_after, read_prompts
 from hominem_mlx.training.rows import Block, Row, Rows, by_prompt, collate
 
 # Logits of more bytes than this, all lanes together, are never there at once. With them come their exponentials and
 # gradients, some four times as much. 64 MiB are 110 tokens of the largest vocabularies (150 000): chunks of fewer rows
 # would keep the matrix products from their speed, more would be most of a step's memory.
 LOGITS_BYTES = 64 * 2**20
+
+Read = dict[int, list[Recorder]]  # by identity of their tokens: prompts that several blocks go on from
 
 
 class LogProbs:
@@ -27,19 +30,23 @@ class LogProbs:
     Where a family does something after its output layer the whole model is called, which is exact and slower.
 
     Args:
-        checkpoint: keep of each block only what goes in, and compute the rest again for the gradient: less memory, more
-            time. Where a family does not allow it this changes nothing; `checkpoints` tells.
+        checkpoint: share of the blocks, in [0, 1], of which only what goes in is kept, and the rest computed again for
+            the gradient: less memory, more time. Where a family does not allow it this changes nothing; `checkpoints`
+            tells how many blocks it is.
     """
 
-    def __init__(self, lm: LanguageModel, *, checkpoint: bool = False):
+    def __init__(self, lm: LanguageModel, *, checkpoint: float = 0.0):
         self.lm = lm
         self._split = lm.body_and_head()
         self._shares = can_share(lm.model)
-        self.checkpoints = checkpoint and can_checkpoint(lm.model, shares=self._shares)
+        self.checkpoints = math.ceil(checkpoint * lm.num_layers)
+        if self.checkpoints and not can_checkpoint(lm.model, shares=self._shares):
+            self.checkpoints = 0
+        self._a_pass = a_pass(sum(get_total_parameters(block) for block in lm.model.layers))
 
-    def collate(self, rows: Sequence[Row]) -> Rows:
-        """The rows as a batch; those of one prompt share it where this model can."""
-        return collate(rows, share=self._shares)
+    def collate(self, rows: Sequence[Row], *, share: bool = True) -> Rows:
+        """The rows as a batch; those of one prompt share it where this model can, and where they may."""
+        return collate(rows, share=share and self._shares, spread=not self.checkpoints, a_pass=self._a_pass)
 
     def logits(self, rows: Rows) -> mx.array:
         """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.owner`."""
@@ -64,12 +71,14 @@ class LogProbs:
         """
         return _in_lanes(functools.partial(self._per_token, gradient=gradient), rows)
 
-    def _hidden(self, block: Block) -> mx.array:
+    def _hidden(self, block: Block, read: Read) -> mx.array:
         assert self._split is not None  # whoever calls this has looked
-        return self._read(self._split[0], block)
+        return self._read(self._split[0], block, read)
 
-    def _logits(self, block: Block) -> mx.array:
-        return self._head(self._hidden(block)) if self._split else self._read(self.lm.model, block).astype(mx.float32)
+    def _logits(self, block: Block, read: Read) -> mx.array:
+        if self._split:
+            return self._head(self._hidden(block, read))
+        return self._read(self.lm.model, block, read).astype(mx.float32)
 
     def _head(self, hidden: mx.array) -> mx.array:
         assert self._split is not None
@@ -80,19 +89,23 @@ class LogProbs:
         head = model.lm_head if "lm_head" in model else model.model.embed_tokens
         return not tree_flatten(head.trainable_parameters())
 
-    def _read(self, network: Callable, block: Block) -> mx.array:
+    def _read(self, network: Callable, block: Block, read: Read) -> mx.array:
         """What the model, or its part below the output layer, makes of the positions that predict: `[N, ...]`."""
-        with checkpointed(self.lm.model.model) if self.checkpoints else contextlib.nullcontext():
-            if block.prompts is None:
+        prompts, depth = block.prompts, self.lm.num_layers
+        again = self.checkpoints
+        with checkpointed(self.lm.model.model, again) if again else contextlib.nullcontext():
+            if prompts is None:
                 made = network(block.tokens)
             else:
-                made = read_after(network, block.prompts, block.tokens, self.lm.num_layers)
+                if block.spread and not again and id(prompts.tokens) not in read:
+                    read[id(prompts.tokens)] = read_prompts(network, prompts, depth, lanes())
+                made = read_after(network, prompts, block.tokens, depth, read.get(id(prompts.tokens)))
         return made.reshape(-1, made.shape[-1])[block.where]
 
-    def _per_token(self, block: Block, *, gradient: bool) -> mx.array:
+    def _per_token(self, block: Block, read: Read, *, gradient: bool) -> mx.array:
         if not self._split:
-            return _of(block.targets, self._logits(block))
-        hidden = self._hidden(block)
+            return _of(block.targets, self._logits(block, read))
+        hidden = self._hidden(block, read)
         logits = self._head(hidden)  # nothing is computed before it is asked for
         at_once = max(1, len(hidden) * LOGITS_BYTES // (len(lanes()) * logits.nbytes))
         if at_once >= len(hidden) or (gradient and not self._head_is_frozen()):
@@ -138,11 +151,11 @@ def _of(targets: mx.array, logits: mx.array) -> mx.array:
     return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - logsumexp(logits)
 
 
-def _in_lanes(compute: Callable[[Block], mx.array], rows: Rows) -> mx.array:
-    parts = []
-    for lane, block in zip(itertools.cycle(lanes()), rows.blocks):
-        with mx.stream(lane):
-            parts.append(compute(block))
+def _in_lanes(compute: Callable[[Block, Read], mx.array], rows: Rows) -> mx.array:
+    parts, read = [], Read()
+    for block in rows.blocks:
+        with mx.stream(lanes()[block.lane]):
+            parts.append(compute(block, read))
     return mx.concatenate(parts)
 
 

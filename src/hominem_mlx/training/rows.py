@@ -10,6 +10,7 @@ import numpy as np
 from hominem_mlx.models.platform import lanes, pad_to
 from hominem_mlx.models.prefix import Prompts
 from hominem_mlx.records import Turn
+from hominem_mlx.training.cutting import Lengths, Part, cut, padded
 
 if TYPE_CHECKING:
     from hominem_mlx.models.backbone import LanguageModel
@@ -34,18 +35,21 @@ class Block:
 
     tokens: int32 `[B, T]`: prompt and reply; or, after `prompts`, the prompt's last token and the reply. The reply's
     own last token is predicted and never read. where: int32 `[N]`, index into the flattened `[B*T]` of each position
-    that predicts a response token; targets: int32 `[N]`, that token.
+    that predicts a response token; targets: int32 `[N]`, that token. lane: number of the lane that computes it. spread:
+    whether the prompts are read in all lanes at once, for this block and others with the same `prompts.tokens`.
     """
 
     tokens: mx.array
     where: mx.array
     targets: mx.array
+    lane: int = 0
     prompts: Prompts | None = None
+    spread: bool = False
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch: one block for each lane of the machine.
+    """A batch: blocks for the lanes of the machine.
 
     owner: int32 `[N]`, the row (as given to `collate`) of each response token, block after block; lengths: float32
     `[rows]`, response tokens a row.
@@ -115,63 +119,75 @@ def by_prompt(rows: Sequence[Row]) -> list[int]:
     return sorted(range(len(rows)), key=keys.__getitem__)
 
 
-def collate(rows: Sequence[Row], *, share: bool = False) -> Rows:
-    """Cut rows into blocks of like length and equal work, pad them on the right, note where their replies are.
+def collate(rows: Sequence[Row], *, share: bool = False, spread: bool = False, a_pass: float = 1.0) -> Rows:
+    """Cut rows into blocks of like length, pad them on the right, note where their replies are.
 
     Args:
         share: let rows of the same prompt read it once, in blocks where that is less work.
+        spread: with `share`, let long prompts be read in all lanes at once where whole prompts would leave lanes idle.
+        a_pass: what a block costs beside its tokens, in tokens (`platform.a_pass`).
     """
     order = by_prompt(rows)
-    opens = [
-        not share or place == 0 or rows[order[place - 1]].prompt != rows[i].prompt for place, i in enumerate(order)
-    ]
-    work = np.cumsum([len(rows[i].prompt) * new + len(rows[i].response) for i, new in zip(order, opens)])
-    cuts = np.searchsorted(work, work[-1] * np.arange(1, len(lanes())) / len(lanes()), side="right")
-    starts = np.flatnonzero(opens)
-    if len(starts) >= len(lanes()):  # rather uneven lanes than a prompt in two of them
-        cuts = starts[np.abs(starts - cuts[:, None]).argmin(1)]
-    parts = [part for part in np.split(np.array(order), cuts) if len(part)]
-    owner = np.repeat(order, [len(rows[index].response) for index in order])
-    return Rows(
-        tuple(_block([rows[index] for index in part], share) for part in parts),
-        mx.array(owner.astype(np.int32)),
-        mx.array([float(len(row.response)) for row in rows]),
+    ordered = [rows[i] for i in order]
+    lengths = Lengths(
+        np.array([len(row.prompt) - 1 for row in ordered]),
+        np.array([len(row.response) for row in ordered]),
+        np.array([not i or row.prompt != ordered[i - 1].prompt for i, row in enumerate(ordered)]),
     )
+    parts = cut(lengths, lanes=len(lanes()), share=share, spread=spread, a_pass=a_pass, pad_to=pad_to())
+    blocks: list[Block] = []
+    for part in parts:
+        here = ordered[part.start : part.stop]
+        if not part.spread:
+            blocks.append(_block(here, share, part))
+            continue
+        if lengths.opens[part.start]:  # parts of the same prompt have its tokens in common
+            prompt_tokens = _prompt_tokens([here[0].prompt])
+        blocks.append(_continued(here, prompt_tokens, part))
+    owner = np.repeat(order, lengths.replies).astype(np.int32)
+    return Rows(tuple(blocks), mx.array(owner), mx.array([float(len(row.response)) for row in rows]))
 
 
-def _block(rows: Sequence[Row], share: bool) -> Block:
-    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
+def _block(rows: Sequence[Row], share: bool, part: Part) -> Block:
+    prompts = list(dict.fromkeys(tuple(row.prompt) for row in rows))
     whole, reply, prompt = (
-        _padded(max(map(length, rows)))
+        padded(max(map(length, rows)), pad_to())
         for length in (lambda row: row.num_tokens - 1, lambda row: len(row.response), lambda row: len(row.prompt) - 1)
     )
     if share and len(prompts) * prompt + len(rows) * reply < len(rows) * whole:
-        tokens = _right_padded([row.prompt[-1:] + row.response[:-1] for row in rows], reply)
-        starts = [0] * len(rows)
-        before = Prompts(
-            mx.array(_right_padded([list(prompt[:-1]) for prompt in prompts], prompt)),
-            mx.array([len(prompt) - 1 for prompt in prompts]),
-            mx.array([prompts[tuple(row.prompt)] for row in rows]),
-        )
-    else:
-        tokens = _right_padded([row.prompt + row.response[:-1] for row in rows], whole)
-        starts = [len(row.prompt) - 1 for row in rows]  # the last prompt token predicts the first reply token
-        before = None
-    width = tokens.shape[1]
-    where = [np.arange(len(row.response)) + start + i * width for i, (row, start) in enumerate(zip(rows, starts))]
-    return Block(
-        mx.array(tokens),
-        mx.array(np.concatenate(where).astype(np.int32)),
-        mx.array(np.concatenate([row.response for row in rows]).astype(np.int32)),
-        before,
+        return _continued(rows, _prompt_tokens(prompts), part)
+    tokens = _right_padded([row.prompt + row.response[:-1] for row in rows], whole)
+    # the last prompt token predicts the first reply token
+    return Block(mx.array(tokens), *_targets(rows, whole, [len(row.prompt) - 1 for row in rows]), part.lane)
+
+
+def _continued(rows: Sequence[Row], prompt_tokens: mx.array, part: Part) -> Block:
+    """Rows that go on from their prompts, which are `prompt_tokens` in the order in which they are met."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
+    before = Prompts(
+        prompt_tokens,
+        mx.array([len(prompt) - 1 for prompt in places]),
+        mx.array([places[tuple(row.prompt)] for row in rows]),
     )
+    width = padded(max(len(row.response) for row in rows), pad_to())
+    tokens = _right_padded([row.prompt[-1:] + row.response[:-1] for row in rows], width)
+    return Block(mx.array(tokens), *_targets(rows, width, [0] * len(rows)), part.lane, before, part.spread)
 
 
-def _padded(length: int) -> int:
-    return max(1, -(-length // pad_to())) * pad_to()
+def _prompt_tokens(prompts: Sequence[Sequence[int]]) -> mx.array:
+    """Each prompt without its last token."""
+    width = padded(max(map(len, prompts)) - 1, pad_to())
+    return mx.array(_right_padded([list(prompt[:-1]) for prompt in prompts], width))
 
 
-def _right_padded(rows: Sequence[list[int]], width: int) -> np.ndarray:
+def _targets(rows: Sequence[Row], width: int, starts: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """`where` and `targets` of rows with so many columns that predict from these on."""
+    where = [np.arange(len(row.response)) + start + i * width for i, (row, start) in enumerate(zip(rows, starts))]
+    targets = np.concatenate([row.response for row in rows])
+    return mx.array(np.concatenate(where).astype(np.int32)), mx.array(targets.astype(np.int32))
+
+
+def _right_padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     tokens = np.zeros((len(rows), width), np.int32)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row

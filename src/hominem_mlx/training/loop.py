@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import append_jsonl, replace
+from hominem_mlx.files import append_jsonl
 from hominem_mlx.models.seeding import seeded
-from hominem_mlx.training import blend
+from hominem_mlx.training import blend, kept
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
+Look = dict[str, Any]  # what was measured after one step, by name
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Channel:
     this term may move; the others do not even get a gradient. A term that `follows` a channel is part of it where
     channels are blended: it keeps its proportion to it and has its turn with it. `size` is what a batch's loss is a
     mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together.
+    `tokens` are those of a batch's rows, prompts included and padding not, for the speed that progress tells.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Channel:
     teaches: Callable[[str], bool] = lambda name: True
     follows: str = ""
     size: Callable[[Any], float] = lambda batch: 1.0
+    tokens: Callable[[Any], int] = lambda batch: 0
 
     @property
     def leader(self) -> str:
@@ -79,7 +82,7 @@ def train(
     folder: Path,
     *,
     evaluate: Callable[[int], dict[str, float]] | None = None,
-    should_stop: Callable[[dict[str, float]], str | None] | None = None,
+    should_stop: Callable[[list[Look]], str | None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run `plan` over `channels`, or go on where a killed run stopped.
@@ -90,8 +93,9 @@ def train(
         plan: steps, learning rate and so on.
         folder: where checkpoint and metrics lie; belongs to this run alone.
         evaluate: measured every `eval_every` steps and at the end.
-        should_stop: looks at those measurements and gives a reason to end early, or None.
-        progress: called every step.
+        should_stop: gets all those measurements so far, the newest last, and gives a reason to end early, or None.
+        progress: called every step with `step`, `steps`, `seconds_left`, `peak_gb` (the most memory MLX held since its
+            peak was last reset), `tokens_per_second` where channels count tokens, and what the step measured.
 
     Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
     and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
@@ -101,9 +105,8 @@ def train(
     optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     story = _resume(model, optimizer, folder) or _new_story(channels)
-    lessons = _Lessons(model, channels, plan)
-    began = time.perf_counter()
-    first_step = story["step"]
+    clock = _Clock(plan.steps, story["step"])
+    lessons = _Lessons(model, [clock.counted(channel) for channel in channels], plan)
 
     while story["step"] < plan.steps and not story["stopped"]:
         turn = lessons.turn(story["step"])
@@ -127,14 +130,12 @@ def train(
             measured = {"step": story["step"], **evaluate(story["step"])}
             story["evaluations"].append({**measured, **report})
             append_jsonl(folder / METRICS, [{**measured, **report}])
-            story["stopped"] = (should_stop(measured) if should_stop else None) or ""
+            story["stopped"] = (should_stop(story["evaluations"]) if should_stop else None) or ""
             report |= measured
         if story["step"] % plan.save_every == 0 or ended or story["stopped"]:
             _save(model, optimizer, story, folder)
         if progress:
-            spent = time.perf_counter() - began
-            left = spent / (story["step"] - first_step) * (plan.steps - story["step"])
-            progress({"step": story["step"], "steps": plan.steps, "seconds_left": left, **report})
+            progress({"step": story["step"], "steps": plan.steps, **clock.read(story["step"]), **report})
     return _summary(story)
 
 
@@ -143,6 +144,32 @@ def as_stage(progress: Progress | None) -> Progress | None:
     if progress is None:
         return None
     return lambda event: progress({"stage": "training", "done": event["step"], "total": event["steps"]} | event)
+
+
+class _Clock:
+    """How fast a run goes, on average since this process took it up; looks and checkpoints count."""
+
+    def __init__(self, steps: int, first_step: int):
+        self.steps, self.first_step = steps, first_step
+        self.began, self.tokens = time.perf_counter(), 0
+
+    def counted(self, channel: Channel) -> Channel:
+        """The channel, and the tokens of its batches are counted as they are asked for."""
+
+        def batch_at(place: int) -> Any:
+            batch = channel.batch_at(place)
+            if batch is not None:
+                self.tokens += channel.tokens(batch)
+            return batch
+
+        return replace(channel, batch_at=batch_at)
+
+    def read(self, step: int) -> dict[str, float]:
+        """What progress tells of it after `step`."""
+        spent = time.perf_counter() - self.began
+        left = spent / (step - self.first_step) * (self.steps - step)
+        speed = {"tokens_per_second": self.tokens / spent} if self.tokens else {}
+        return {"seconds_left": left, **speed, "peak_gb": mx.get_peak_memory() / 1e9}
 
 
 class _Lessons:
@@ -235,7 +262,7 @@ class _Term:
 
     def times(self, factor: float) -> "_Term":
         gradient = {name: factor * value for name, value in self.gradient.items()}
-        return _Term(self.channel, self.loss, self.measured, factor * self.norm, gradient)
+        return replace(self, norm=factor * self.norm, gradient=gradient)
 
     def report(self) -> dict[str, float]:
         """Loss and measurements by name."""
@@ -353,13 +380,10 @@ def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Pat
     """One file, one rename: weights, optimiser and position cannot disagree."""
     arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    scratch = folder / f".{CHECKPOINT.removesuffix('.safetensors')}-next.safetensors"
     told = json.dumps({**story, "saved_step": story["step"]})
     try:
-        mx.save_safetensors(str(scratch), arrays, metadata={"story": told})
-        replace(scratch, folder / CHECKPOINT)
-    except (RuntimeError, OSError) as error:
-        scratch.unlink(missing_ok=True)
+        kept.save(folder / CHECKPOINT, arrays, {"story": told})
+    except OSError as error:
         raise TrainingError(
             f"{folder}: the checkpoint of step {story['step']} could not be written ({error}): stopped. That of step "
             f"{story['saved_step']} is kept; make room on the disk and give the same command again"

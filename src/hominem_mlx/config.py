@@ -215,6 +215,14 @@ class DualConfig(Section):
     time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
+    probes: Annotated[int, Field(ge=0)] = 8
+    """In each look of `hominem train dual`, how many validation prompts are answered for the reward model and an audit
+    judge to score, and how many taught facts are asked for; 0: none."""
+    keep: Literal["last", "best"] = "last"
+    """Publish the adapter of the `last` step, or that of the `best` look: the most validation pairs in order and, of
+    equals, the likelier chosen replies."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many looks without a better one; 0: never."""
     save_every: Count = 50
     """Steps between resumable checkpoints."""
     max_displacement: NonNegative = 0.5

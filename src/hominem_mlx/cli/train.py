@@ -1,8 +1,25 @@
 """`hominem train`: a reward model, then an adapter, or a whole model."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import click
 
 from hominem_mlx.cli.session import InOrder, Session, shares
+
+if TYPE_CHECKING:
+    from hominem_mlx.models.backbone import LanguageModel
+    from hominem_mlx.schema import Scorer
+    from hominem_mlx.storage.registry import Artifact
+
+LOOKS = {
+    "step": "after step",
+    "valid_accuracy": "validation pairs in order",
+    "valid_displacement": "nats a token the chosen replies gained",
+    "recall": "facts recalled",
+    "reward": "reward",
+    "audit": "audit",
+}
 
 
 @click.group(cls=InOrder)
@@ -51,6 +68,10 @@ def reward(session: Session) -> None:
 def dual(session: Session, on_top_of: str | None) -> None:
     """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
 
+    Looks on the way are kept in its metrics.jsonl: validation pairs and, on dual.probes prompts, recall and how the
+    reward model and an audit judge see its answers. dual.keep = best publishes the best of them, dual.patience ends a
+    run that gets no better.
+
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.
     """
@@ -61,8 +82,11 @@ def dual(session: Session, on_top_of: str | None) -> None:
     under = session.adapter(on_top_of) if on_top_of else None
     if on_top_of and under is None:
         raise RegistryError(f"--on-top-of {on_top_of}: there is no such adapter to go on top of; leave the option out")
+    look = _look(session, pairs) if session.config.dual.probes else None
     with session.console.progress() as report:
-        made = recipe.train(session.registry, pairs, session.config, lm=session.base, on_top_of=under, progress=report)
+        made = recipe.train(
+            session.registry, pairs, session.config, lm=session.base, on_top_of=under, look=look, progress=report
+        )
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, "base": session.base.name, **metrics})
     summary = metrics["training"]
@@ -70,20 +94,46 @@ def dual(session: Session, on_top_of: str | None) -> None:
         ["channel", "steps", "mean loss", "share of the update"],
         [[name, c["steps"], c["mean_loss"], c["share_of_update"]] for name, c in summary["channels"].items()],
     )
-    if summary["evaluations"]:
-        last = summary["evaluations"][-1]
-        session.console.table(
-            ["after step", "validation pairs in order", "nats a token the chosen replies moved"],
-            [[last["step"], last.get("valid_accuracy"), last.get("valid_displacement")]],
-        )
+    looks = [{"step": 0, **metrics["before"]}] * bool(metrics["before"]) + summary["evaluations"]
+    if looks:
+        shown = [name for name in LOOKS if any(name in row for row in looks)]
+        session.console.table([LOOKS[name] for name in shown], [[row.get(name) for name in shown] for row in looks])
     if summary["stopped"]:
         session.console.say(f"Stopped early: {summary['stopped']}")
+    if metrics["kept_step"] != summary["steps"]:
+        session.console.say(f"Kept: the adapter after step {metrics['kept_step']}, the best of these looks.")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")
     if under is not None:
         session.console.say(
             f"It speaks together with {under.ref}. One of both: hominem artifacts merge {under.ref} {made.ref}"
         )
+
+
+def _look(session: Session, pairs: "Artifact") -> "Callable[[LanguageModel], dict[str, float]]":
+    """What `dual.probes` asks for: recall, and the verdicts of those judges that there are."""
+    from hominem_mlx.data import dataset
+    from hominem_mlx.errors import InputError
+    from hominem_mlx.evaluation.looks import looker
+    from hominem_mlx.files import read_jsonl
+    from hominem_mlx.policy.memories import learnable
+    from hominem_mlx.records import Preference, SftPair
+    from hominem_mlx.reward.train import fit_audit
+
+    config, base = session.config, session.base  # before the reward model, which may read with it
+    valid = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
+    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
+    taught, _ = learnable(memories, safety_low=config.dual.safety_low, safety_high=config.dual.safety_high)
+    judges: dict[str, Scorer] = {}
+    if valid and session.reward_artifact() is not None:
+        judges["reward"] = session.reward_model()
+    labels = session.registry.current("dataset", pointer="labels")
+    if valid and labels is not None:
+        try:
+            judges["audit"] = fit_audit(dataset.read_labels(labels, "valid"), config, home=session.home, lm=base)
+        except InputError as error:
+            session.console.note(f"No audit judge watches, for the validation labels are too few: {error}")
+    return looker([pair.prompt for pair in valid], taught, judges, config)
 
 
 @train.command()

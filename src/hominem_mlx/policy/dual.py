@@ -11,6 +11,7 @@ reference: its log-probabilities are computed once, before the adapter is attach
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,15 +22,16 @@ from mlx.utils import tree_flatten
 from hominem_mlx import losses
 from hominem_mlx.config import Config, DualConfig
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import lock, read_jsonl, sha256_json
+from hominem_mlx.files import lock, read_jsonl, sha256_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.policy.memories import Memories, gate, learnable
+from hominem_mlx.policy.memories import Memories, MemoryBatch, gate, learnable
 from hominem_mlx.records import Preference, SftPair, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import blend
+from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
-from hominem_mlx.training.loop import Channel, Plan, as_stage
+from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Order, Row, Rows, to_row
 from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
@@ -74,6 +76,7 @@ def train(
     *,
     lm: LanguageModel,
     on_top_of: Artifact | None = None,
+    look: Callable[[LanguageModel], dict[str, float]] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
@@ -84,8 +87,11 @@ def train(
         lm: the base, without an adapter; it is handed back without one.
         on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
             this one is the reference.
+        look: what else to measure every `dual.eval_every` steps and before the first, by name; the model comes with the
+            adapter on and must be left as it is. It is only noted: what is kept, and when to stop, hang on held-out
+            pairs alone.
 
-    Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
+    Returns: the `lora` artifact, with all looks in its metrics.jsonl. Not yet `current`: that is for whoever judged it.
     Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
     """
     settings = config.dual
@@ -107,28 +113,36 @@ def train(
         material = Material(lm, settings, config.student.system, progress)
         channels = material.channels(preferences, memories, anchors)
         shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
-        look_at = material.validation(validation)
+        validate = material.validation(validation)
         keys = material.targets(channels)
         directions = material.head_directions()
         lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
+        before = look(lm) if look else {}
+
+        def measure(step: int) -> dict[str, float]:
+            return {**(validate(step) if validate else {}), **(look(lm) if look else {})}
+
         summary = run_loop(
             lm.model,
             channels,
             material.plan(preferences, memories),
             run,
-            evaluate=look_at,
-            should_stop=material.displaced,
+            evaluate=measure if validate or look else None,
+            should_stop=material.watch(run),
             progress=as_stage(progress),
         )
+        kept_step = (take_back(lm.model, run) if settings.keep == "best" else None) or summary["steps"]
         with registry.draft(
             "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, shape)
             if sketches := material.sketches(validation):
                 write_sketches(sketches, draft.folder)
-            draft.metrics = {"training": summary, **material.counts}
+            if looks := [{"step": 0, **before}] * bool(before) + summary["evaluations"]:
+                write_jsonl(draft.folder / METRICS, looks)
+            draft.metrics = {"training": summary, "before": before, "kept_step": kept_step, **material.counts}
             draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
@@ -180,8 +194,15 @@ class Material:
         rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
         lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
         channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory),
-            Channel("preference", weights[1], self._pair_batches(pairs, gates, unsafe), self._pair_loss, preference),
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, tokens=_tokens),
+            Channel(
+                "preference",
+                weights[1],
+                self._pair_batches(pairs, gates, unsafe),
+                self._pair_loss,
+                preference,
+                tokens=_tokens,
+            ),
         ]
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
@@ -189,7 +210,9 @@ class Material:
             if said:
                 batches = self._anchor_batches(sorted(said))
                 held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
-                channels.append(Channel("anchor", held, batches, self._anchor_loss, memory, "memory"))
+                channels.append(
+                    Channel("anchor", held, batches, self._anchor_loss, memory, follows="memory", tokens=_tokens)
+                )
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -437,12 +460,47 @@ class Material:
                 self.progress({"stage": "sketching", "done": pair + 1, "total": count})
         return Sketches(np.stack(gradients), margins, picked)
 
-    def displaced(self, measured: dict[str, float]) -> str | None:
-        """The reason to stop when chosen replies became much less likely than they were (likelihood displacement)."""
-        limit = self.settings.max_displacement
-        if limit and measured["valid_displacement"] < -limit:
-            return f"chosen replies lost {-measured['valid_displacement']:.2f} nats a token (limit {limit})"
-        return None
+    def watch(self, run: Path) -> Callable[[Sequence[Look]], str | None]:
+        """A function of the looks so far that tells why to stop now, or None; it keeps the best adapter if asked to.
+
+        Chosen replies that became much less likely than they were (likelihood displacement) are always a reason, and
+        such an adapter is never kept as the best. Where no preferences are learnt, or none are held back, no look is
+        better than another: `dual.keep` and `dual.patience` then change nothing.
+        """
+        settings = self.settings
+
+        def should_stop(looks: Sequence[Look]) -> str | None:
+            newest, limit = looks[-1], settings.max_displacement
+            if "valid_accuracy" not in newest:
+                return None
+            if limit and newest["valid_displacement"] < -limit:
+                return f"chosen replies lost {-newest['valid_displacement']:.2f} nats a token (limit {limit})"
+            if not self.num_pairs:
+                return None
+            best = best_look(looks)
+            if best is newest and settings.keep == "best":
+                keep(self.lm.model, run, newest["step"])
+            since = sum(each["step"] > best["step"] for each in looks)
+            if settings.patience and since >= settings.patience:
+                return f"{since} looks without a better one than that of step {best['step']}"
+            return None
+
+        return should_stop
+
+
+def best_look(looks: Sequence[Look]) -> Look:
+    """The look with most held-out pairs in order; of equals, the one whose chosen replies gained most; then the first.
+
+    Order is what is learnt, but of few pairs it moves in jumps, so ties are common. They are not broken by the loss on
+    those pairs: that also falls when both replies become less likely and only the rejected one does so faster, which
+    is how preference learning goes wrong (Razin et al. 2024, arXiv 2410.08847). What chosen replies gained tells the
+    two apart.
+    """
+    return max(looks, key=lambda look: (look["valid_accuracy"], look["valid_displacement"]))
+
+
+def _tokens(batch: PairBatch | MemoryBatch | AnchorBatch) -> int:
+    return batch.rows.num_tokens
 
 
 def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int) -> mx.array:

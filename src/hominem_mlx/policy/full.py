@@ -85,7 +85,7 @@ def train(
             mx.reset_peak_memory()
             summary = run_loop(
                 lm.model,
-                [Channel("memory", 1.0, batch_at, lessons.loss, size=lessons.size)],
+                [Channel("memory", 1.0, batch_at, lessons.loss, size=lessons.size, tokens=lambda b: b.rows.num_tokens)],
                 _plan(settings, batches),
                 run,
                 evaluate=peak,

@@ -20,7 +20,7 @@ import numpy as np
 from hominem_mlx import losses
 from hominem_mlx.config import Config, RlConfig
 from hominem_mlx.errors import InputError, TrainingError
-from hominem_mlx.files import lock, read_jsonl, read_objects, replace, sha256_json
+from hominem_mlx.files import lock, read_jsonl, sha256_json, write_jsonl
 from hominem_mlx.metrics import distinct2
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
@@ -29,15 +29,14 @@ from hominem_mlx.policy.dual import strongest_directions
 from hominem_mlx.records import Label
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
-from hominem_mlx.training.loop import METRICS, Channel, Plan, as_stage
+from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
 
 Progress = Callable[[dict[str, Any]], None]
-Look = dict[str, Any]  # what was measured at one step, by name
 RECIPE = 1  # goes up when the same settings make another adapter, so that no run goes on by another recipe
-KEPT = "kept.safetensors"  # the adapter at the last look that nothing spoke against
 CLIP = 3.0  # standard deviations that one dimension may count, so that none of them buys all the others
 LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
 WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
@@ -160,7 +159,7 @@ def train(
         try:
             summary = run_loop(
                 lm.model,
-                [Channel("rl", 1.0, practice.batches(prompts), practice.loss)],
+                [Channel("rl", 1.0, practice.batches(prompts), practice.loss, tokens=lambda b: b.rows.num_tokens)],
                 _plan(settings),
                 run,
                 evaluate=practice.look,
@@ -168,15 +167,17 @@ def train(
                 progress=as_stage(progress),
             )
             kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
+            looks = [first, *summary["evaluations"]]
             with registry.draft(
                 "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
             ) as draft:
                 lora.save_adapter(lm, draft.folder, shape)
+                write_jsonl(draft.folder / METRICS, looks)
                 draft.metrics = {
                     "training": summary,
                     "before": first,
                     "kept_step": kept,
-                    "guards": story([first, *summary["evaluations"]], settings),
+                    "guards": story(looks, settings),
                     "prompts": len(prompts),
                 }
                 draft.notes = {"base": lm.name, "pointer": lm.pointer}
@@ -341,36 +342,23 @@ class Practice:
             total += k3(policy, base).sum().item()
         return total / len(rows)
 
-    def should_stop(self, measured: Look) -> str | None:
+    def should_stop(self, looks: Sequence[Look]) -> str | None:
         """What the guards say of the newest look; keeps the adapter when they say nothing."""
-        # a run that goes on again may find looks ahead of its checkpoint: they will come out the same
-        written: list[Any] = [look for _, look in read_objects(self.run / METRICS)[0]]
-        past = {look["step"]: look for look in written if look["step"] <= measured["step"]}
-        looks = [self.first, *(past[step] for step in sorted(past))]
+        looks = [self.first, *looks]
         reasons = complaints(looks, self.settings)
         if not reasons and apart(looks) == 0:
-            values = lora.adapter_parameters(self.lm.model)
-            scratch = self.run / f".next-{KEPT}"
-            try:
-                mx.save_safetensors(str(scratch), values, metadata={"step": str(measured["step"])})
-                replace(scratch, self.run / KEPT)
-            except (RuntimeError, OSError) as error:
-                scratch.unlink(missing_ok=True)
-                raise TrainingError(
-                    f"{self.run}: the adapter could not be kept ({error}); make room on the disk"
-                ) from error
+            keep(self.lm.model, self.run, looks[-1]["step"])
         return "; ".join(reasons.values()) or None
 
     def take_back(self, reason: str) -> int:
         """Give the model the adapter that was kept last, and say from which step it is."""
-        if not (self.run / KEPT).exists():
+        step = take_back(self.lm.model, self.run)
+        if step is None:
             raise TrainingError(
                 f"a guard stopped the run and there is nothing good to keep: {reason}. Lower rl.learning_rate, look "
                 f"more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
             )
-        values, metadata = mx.load(str(self.run / KEPT), return_metadata=True)
-        lora.set_parameters(self.lm.model, values)
-        return int(metadata["step"])
+        return step
 
 
 def _lengths(rows: Sequence[Row]) -> np.ndarray:

@@ -52,12 +52,13 @@ class Rows:
     """A batch: blocks for the lanes of the machine.
 
     owner: int32 `[N]`, the row (as given to `collate`) of each response token, block after block; lengths: float32
-    `[rows]`, response tokens a row.
+    `[rows]`, response tokens a row. num_tokens: of all rows, each with its prompt, without padding.
     """
 
     blocks: tuple[Block, ...]
     owner: mx.array
     lengths: mx.array
+    num_tokens: int
 
 
 def fit(row: Row, max_tokens: int) -> tuple[Row, int]:
@@ -145,7 +146,8 @@ def collate(rows: Sequence[Row], *, share: bool = False, spread: bool = False, a
             prompt_tokens = _prompt_tokens([here[0].prompt])
         blocks.append(_continued(here, prompt_tokens, part))
     owner = np.repeat(order, lengths.replies).astype(np.int32)
-    return Rows(tuple(blocks), mx.array(owner), mx.array([float(len(row.response)) for row in rows]))
+    replies = mx.array([float(len(row.response)) for row in rows])
+    return Rows(tuple(blocks), mx.array(owner), replies, sum(row.num_tokens for row in rows))
 
 
 def _block(rows: Sequence[Row], share: bool, part: Part) -> Block:

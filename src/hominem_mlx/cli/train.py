@@ -49,7 +49,7 @@ def reward(session: Session) -> None:
 )
 @shares()
 def dual(session: Session, on_top_of: str | None) -> None:
-    """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
+    """Train an adapter: memories by SFT, preferences by soft DPO (or another dual.loss), single thumbs by KTO, in one.
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.

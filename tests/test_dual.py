@@ -335,7 +335,7 @@ def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset,
     material = dual.Material(lm, settings, None, None)
     material.channels(PAIRS, MEMORIES)
     directions = np.array(material.head_directions())
-    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.pair_rows)))
+    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.valued_rows)))
     readings = hidden @ directions.T
     assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(dual.HEAD_GAIN, rel=1e-3)
     _, vectors = np.linalg.eigh(hidden.T @ hidden)  # a second way to the same axes
@@ -629,3 +629,25 @@ def test_progress_counts_the_tokens_of_all_channels(registry, dataset, tiny, mon
     learnt = [*memories, *sides, *sides, *sides]  # each step anchors all eight replies
     tokens = sum(len(lm.prompt_tokens(prompt)) + len(lm.response_tokens(reply)) for prompt, reply in learnt)
     assert events[-1]["step"] == 2 and events[-1]["tokens_per_second"] == tokens / 4
+
+
+def test_thoughts_are_not_learnt_and_replies_of_nothing_else_are_left_out_and_counted(registry, dataset, tiny):
+    plain = weights(train(registry, dataset(), tiny()))
+    thought, silent = "<think>\nhm\n</think>\n\n", "<think>hm</think>"
+    memories = [MEMORIES[0].model_copy(update={"response": thought + MEMORIES[0].response}), *MEMORIES[1:]]
+    pairs = [PAIRS[0].model_copy(update={"rejected": thought + PAIRS[0].rejected}), *PAIRS[1:]]
+    data = dataset([*pairs, pair(8, chosen=silent)], [*memories, SftPair(id="m8", instruction="8?", response=silent)])
+    made = train(registry, data, tiny())
+    assert all(np.array_equal(plain[name], value) for name, value in weights(made).items())
+    counts = made.metadata["metrics"]
+    assert counts["all_thoughts"] == 2 and counts["thoughts_left_out"] == 2
+    assert (counts["preferences"]["given"], counts["memories"]["given"]) == (4, 3)
+
+
+def test_a_row_that_the_template_writes_otherwise_is_named(registry, dataset, tiny):
+    lm = tiny()
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>\\n")
+    with pytest.raises(TrainingError, match="memory m0: the chat template of"):
+        train(registry, dataset(), lm)
+    with pytest.raises(TrainingError, match="pair p0: the chat template of"):
+        train(registry, dataset(memories=[]), lm)

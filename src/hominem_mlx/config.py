@@ -147,6 +147,9 @@ class DualConfig(Section):
     """w_s; 0 leaves the memory channel out."""
     preference_weight: Share = 0.6
     """w_p; 0 leaves the preference channel out."""
+    thumb_weight: NonNegative = 1.0
+    """What single thumbs (KTO) weigh against the pairs, as part of their channel. The pull of a thumb is a quarter of a
+    pair's at most."""
     anchor_weight: NonNegative = 0.0
     """How strongly memories must leave the final hidden states of other replies where they are: those of the pairs, and
     the student's own answers to their prompts (made with pairs.on_policy)."""
@@ -206,6 +209,8 @@ class DualConfig(Section):
     """Preference pairs a step; those of a prompt come together and share replies: take a few prompts' worth."""
     batch_memories: Count = 8
     """Memory pairs a step."""
+    batch_thumbs: Count = 8
+    """Single thumbs a step."""
     batch_anchors: Count = 8
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048

@@ -66,7 +66,7 @@ def reward(session: Session) -> None:
 )
 @shares()
 def dual(session: Session, on_top_of: str | None) -> None:
-    """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
+    """Train an adapter: memories by SFT, preferences by soft DPO (or another dual.loss), single thumbs by KTO, in one.
 
     Looks on the way are kept in its metrics.jsonl: validation pairs and, on dual.probes prompts, recall and how the
     reward model and an audit judge see its answers. dual.keep = best publishes the best of them, dual.patience ends a

@@ -148,7 +148,7 @@ def drift(
     Returns: `KL(policy || base)` in nats, exact over the whole vocabulary, summed over each answer's tokens `[N]`, and
         the number of these tokens `[N]`.
     """
-    end = lm.tokenizer.eos_token_id
+    end = lm.end_of_turn
     rows = [
         Row(lm.prompt_tokens(prompt, system=config.student.system), [*answer.tokens, *([end] * answer.finished)])
         for prompt, answer in zip(prompts, said, strict=True)
@@ -192,5 +192,5 @@ def _chunks(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
 
 
 def _vocabulary(lm: LanguageModel) -> int:
-    probe = LogProbs(lm).logits(collate([Row(lm.prompt_tokens("hello"), [lm.tokenizer.eos_token_id])]))
+    probe = LogProbs(lm).logits(collate([Row(lm.prompt_tokens("hello"), [lm.end_of_turn])]))
     return probe.shape[-1]

@@ -2,7 +2,8 @@
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
-plus, where asked for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps
+plus, where there are single thumbs, their KTO loss as a part of the preference channel (`thumbs.py`); and, where asked
+for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps
 memories from changing everything else.
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
@@ -26,14 +27,15 @@ from hominem_mlx.files import lock, read_jsonl, sha256_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.policy.memories import Memories, MemoryBatch, gate, learnable
-from hominem_mlx.records import Preference, SftPair, Turn
+from hominem_mlx.policy.thumbs import Thumbs, learnable_thumbs
+from hominem_mlx.records import Preference, SftPair, Thumb, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import blend
 from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Order, Row, Rows, to_row
+from hominem_mlx.training.rows import Order, Row, Rows, Said, spoken, to_row
 from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
@@ -101,6 +103,9 @@ def train(
     anchors = []
     if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
         anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
+    thumbs = []
+    if settings.thumb_weight and (pairs.folder / "thumbs.jsonl").exists():
+        thumbs = read_jsonl(pairs.file("thumbs.jsonl"), Thumb, unique=None, may_be_empty=True)
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
     parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
@@ -111,7 +116,9 @@ def train(
         lora.loaded(lm, under),
     ):
         material = Material(lm, settings, config.student.system, progress)
-        channels = material.channels(preferences, memories, anchors)
+        preferences, validation = material.spoken(preferences), material.spoken(validation)
+        memories, anchors = material.spoken(memories), material.spoken(anchors)
+        channels = material.channels(preferences, memories, anchors, material.spoken(thumbs))
         shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
         validate = material.validation(validation)
         keys = material.targets(channels)
@@ -156,10 +163,15 @@ class Material:
         self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
         self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
+        self.valued_rows: list[Row] = []  # replies of pairs and thumbs
         self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
 
     def channels(
-        self, preferences: Sequence[Preference], memories: Sequence[SftPair], anchors: Sequence[SftPair] = ()
+        self,
+        preferences: Sequence[Preference],
+        memories: Sequence[SftPair],
+        anchors: Sequence[SftPair] = (),
+        thumbs: Sequence[Thumb] = (),
     ) -> list[Channel]:
         """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
         settings = self.settings
@@ -174,24 +186,33 @@ class Material:
             },
             "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
         }
+        judged, worth = learnable_thumbs(thumbs, safety_low=settings.safety_low, safety_high=settings.safety_high)
+        if thumbs:
+            self.counts["thumbs"] = {"given": len(thumbs), "refused_by_gate": len(thumbs) - len(judged)}
         learnt = (len(kept), len(pairs) + len(unsafe))
         weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
         if settings.ideal_memories or settings.ideal_pairs:
             weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
+        thumb_weight = settings.thumb_weight * (weights[1] or settings.preference_weight) * bool(judged)
+        weights[1] = weights[1] or thumb_weight  # without pairs thumbs are the preference channel
         if sum(weights) == 0:
             raise TrainingError(
-                "there is nothing to learn from: no memory and no preference pair is left "
+                "there is nothing to learn from: no memory, no preference pair and no thumb is left "
                 f"({self.counts}); look at the data with `hominem data stats` or change the weights"
             )
         self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
         self.num_memories, self.num_pairs = (rows * bool(weight) for rows, weight in zip(learnt, weights))
+        self.num_thumbs = len(judged) * bool(thumb_weight)
         may_move: dict[str, Callable[[str], bool]] = {
             "linear": lambda name: not lora.is_head(name),
             "head": lora.is_head,
             "all": lambda name: True,
         }
         memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
-        rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
+        rows = [
+            self._row(lesson.instruction, lesson.response, lesson.history or (), name=f"memory {lesson.id}")
+            for lesson in kept
+        ]
         lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
         channels = [
             Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, tokens=_tokens),
@@ -204,6 +225,18 @@ class Material:
                 tokens=_tokens,
             ),
         ]
+        if thumb_weight:
+            verdicts = self._thumbs(judged, worth)
+            if self.num_pairs:
+                term = Channel(
+                    "thumb", thumb_weight, verdicts.batch_at, verdicts.loss, preference, "preference", tokens=_tokens
+                )
+                channels.append(term)
+            else:
+                channels[1] = Channel(
+                    "preference", thumb_weight, verdicts.batch_at, verdicts.loss, preference, tokens=_tokens
+                )
+            self.valued_rows = [*self.valued_rows, *verdicts.rows]
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
@@ -225,10 +258,10 @@ class Material:
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
     def head_directions(self) -> mx.array | None:
-        """`strongest_directions` of the pairs' replies; None where the output layer is left free, or without pairs."""
-        if not (self.settings.head_rank and self.pair_rows):
+        """`strongest_directions` of replies of pairs and thumbs; None without any, and where the head is free."""
+        if not (self.settings.head_rank and self.valued_rows):
             return None
-        return strongest_directions(self.logprobs, self.pair_rows, min(self.settings.head_rank, self.settings.rank))
+        return strongest_directions(self.logprobs, self.valued_rows, min(self.settings.head_rank, self.settings.rank))
 
     def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
         """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
@@ -255,7 +288,7 @@ class Material:
         settings, weights = self.settings, self.counts["weights"]
         batches = {
             "memory": -(-self.num_memories // settings.batch_memories),
-            "preference": -(-self.num_pairs // settings.batch_pairs),
+            "preference": max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_thumbs // settings.batch_thumbs)),
         }
         steps = settings.epochs * max(batches.values())
         if settings.blend == "alternate":  # a channel has its share of the steps only
@@ -275,12 +308,24 @@ class Material:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def _row(self, prompt: str, response: str, history: Sequence[Turn] | None = None) -> Row:
+    def spoken(self, rows: Sequence[Said]) -> list[Said]:
+        """Those in whose every reply something is said; the others are left out and counted."""
+        kept = spoken(self.lm, rows)
+        self._count("all_thoughts", len(rows) - len(kept))
+        return kept
+
+    def _row(self, prompt: str, response: str, history: Sequence[Turn] = (), *, name: str) -> Row:
         longest = self.settings.max_tokens
-        row, lost = to_row(self.lm, prompt, response, history=history or (), system=self.system, max_tokens=longest)
-        if lost:
-            self.counts["cut_responses"] = self.counts.get("cut_responses", 0) + 1
+        row, lost = to_row(
+            self.lm, prompt, response, history=history, system=self.system, max_tokens=longest, name=name
+        )
+        self._count("cut_responses", lost > 0)
+        self._count("thoughts_left_out", self.lm.spoken(response) != response)
         return row
+
+    def _count(self, name: str, number: int) -> None:
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + number
 
     def _gate(self, safety: float) -> float:
         return gate(safety, low=self.settings.safety_low, high=self.settings.safety_high)
@@ -292,17 +337,20 @@ class Material:
 
     def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
         """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
-        sides = [(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)]
-        places = {side: place for place, side in enumerate(dict.fromkeys(sides))}
-        return [self._row(*side) for side in places], np.array([places[side] for side in sides], int).reshape(-1, 2).T
+        sides = {(pair.prompt, reply): pair.id for pair in pairs for reply in (pair.chosen, pair.rejected)}
+        rows = [self._row(*side, name=f"pair {pair}") for side, pair in sides.items()]
+        places = {side: place for place, side in enumerate(sides)}
+        both = [places[pair.prompt, reply] for pair in pairs for reply in (pair.chosen, pair.rejected)]
+        return rows, np.array(both, int).reshape(-1, 2).T
 
     def _pair_batches(
         self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference]
     ) -> Callable[[int], PairBatch]:
         unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
         pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
-        self.pair_rows, (chosen, rejected) = self._replies(pairs)
-        reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
+        rows, (chosen, rejected) = self._replies(pairs)
+        self.valued_rows = rows
+        reference = self._references(rows, "reference") if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
@@ -310,7 +358,7 @@ class Material:
         target = np.array([pair.target for pair in pairs], np.float32)
         margin = self._margins(pairs)
         if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
-            lengths = np.array([len(row.response) for row in self.pair_rows], np.float32)
+            lengths = np.array([len(row.response) for row in rows], np.float32)
             likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
             self.usual_likelihood = max(likely.mean().item(), 1e-30)
         # a prompt's pairs come together: they share replies, and each reply is computed once a step
@@ -321,7 +369,7 @@ class Material:
             replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
             places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
-                self.logprobs.collate([self.pair_rows[i] for i in replies]),
+                self.logprobs.collate([rows[i] for i in replies]),
                 mx.array(reference[replies]),
                 mx.array(places[0]),
                 mx.array(places[1]),
@@ -345,8 +393,27 @@ class Material:
                 )
         return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
 
+    def _thumbs(self, judged: Sequence[Thumb], worth: np.ndarray) -> Thumbs:
+        settings = self.settings
+        if settings.loss == "simpo":
+            raise TrainingError(
+                f"dual.loss = simpo has a beta of tokens, and the {len(judged)} single thumbs need one of replies: "
+                "take another dual.loss, or leave thumbs out with dual.thumb_weight = 0"
+            )
+        return Thumbs(
+            self.logprobs,
+            [self._row(thumb.prompt, thumb.response, name=f"thumb {thumb.id}") for thumb in judged],
+            np.array([thumb.good for thumb in judged]),
+            worth,
+            references=lambda rows: self._references(rows, "thumbs reference"),
+            max_tokens=settings.max_tokens,
+            beta=settings.beta,
+            batch=settings.batch_thumbs,
+            seed=settings.seed + 3,
+        )
+
     def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
-        rows = [self._row(prompt, reply) for prompt, reply in said]
+        rows = [self._row(*side, name="a reply that the anchor holds") for side in said]
         order = Order(len(rows), self.settings.batch_anchors, self.settings.seed + 2)
 
         def batch_at(step: int) -> AnchorBatch:

@@ -235,7 +235,7 @@ class Practice:
             system=self.system,
         )
         asked = [prompt for prompt in prompts for _ in range(each)]
-        end = self.lm.tokenizer.eos_token_id
+        end = self.lm.end_of_turn
         rows = [
             Row(self.lm.prompt_tokens(prompt, system=self.system), answer.tokens + [end] * answer.finished)
             for prompt, answer in zip(asked, said, strict=True)

@@ -105,10 +105,10 @@ def weights(artifact):
     return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
 
 
-def batch(reward, *, reference=0.0, gate=1.0, finished=True, rows=None):
+def batch(reward, *, reference=0.0, gate=1.0, finished=True, rows=None, asked=None):
     shape = mx.array(reward).shape
     full = [mx.broadcast_to(mx.array(value), shape) for value in (reference, gate, finished)]
-    return rl.Rollouts(rows, full[0], mx.array(reward), full[1], full[2])
+    return rl.Rollouts(rows, full[0], mx.array(reward), full[1], full[2], asked=asked or shape[0], told={})
 
 
 # --- the estimator --------------------------------------------------------------------------------------------------
@@ -207,6 +207,58 @@ def test_the_gradient_on_a_model_is_the_sum_of_each_answers_own(tiny, tmp_path):
         assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
 
 
+def test_the_better_and_the_worse_answer_by_hand():
+    reward = np.array(
+        [[0.1, 0.9, -0.4], [0.5, 0.5, 0.5], [0.2, 0.6, 0.1], [0.9, 0.2, 0.1], [2.0, 1.0, 0.8]], np.float32
+    )
+    doubt = np.array([[0.3, 0.4, 0.3], [0.0] * 3, [0.3, 0.3, 0.5], [0.0] * 3, [5.0, 5.0, 0.2]])
+    gate = np.array([[1.0] * 3, [1.0] * 3, [1.0] * 3, [0.0, 1, 1], [1.0] * 3])
+    finished = np.array([[True] * 3] * 4 + [[False, True, True]])
+    # 1.3 > sqrt(.4^2 + .3^2); alike; .5 < sqrt(.3^2 + .5^2); the best is unsafe; what was cut off is worst, surely
+    found = rl.best_and_worst(reward, doubt, gate, finished)
+    assert found.tolist() == [[1, 2], [13, 12]]
+    assert rl.best_and_worst(reward, doubt, gate, np.zeros((5, 3), bool)).shape == (0, 2), "none ended: all alike"
+
+
+def test_dpo_on_a_pair_by_hand():
+    logp, reference = np.array([[-9.0, -12.0], [-7.5, -6.0]]), np.array([[-10.0, -11.0], [-7.0, -6.5]])
+    given = batch([[1.0, 0.0]] * 2, reference=reference.tolist(), gate=[[1.0, 0.2], [0.5, 1.0]], asked=4)
+    loss, gained = rl.dpo(mx.array(logp), given, 0.1)
+    # margins (1 - -1) = 2 and (-.5 - .5) = -1; log(1 + e^-.2) = .598139, .5 * log(1 + e^.1) = .372198; of 4 prompts
+    assert loss.item() == pytest.approx((0.5981389 + 0.3721980) / 4, abs=1e-6)
+    assert np.array(gained) == pytest.approx(logp - reference)
+
+
+def test_the_gradient_of_dpo_on_a_model_is_that_of_its_pairs(tiny, tmp_path):
+    lm = tiny()
+    settings = load_config(overrides=[*FAST, "rl.method=dpo", "rl.beta=0.3"]).rl
+    practice = rl.Practice(lm, settings, None, LETTERS, NOTHING, tmp_path)
+    rows = [Row(lm.prompt_tokens(p), lm.response_tokens(r)) for p in ("a?", "b, then?") for r in ("yes", "no, no")]
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    values = lora.adapter_parameters(lm.model)
+    lora.set_parameters(lm.model, {name: 0.05 * mx.ones(value.shape) for name, value in values.items()})
+
+    def gradient(loss):
+        return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
+
+    reference, gate = -np.array([[9.0, 30], [11, 25]]), np.array([[1.0, 1], [0.5, 0]])
+    given = batch(
+        [[1.0, 0.0]] * 2,
+        reference=reference.tolist(),
+        gate=gate.tolist(),
+        rows=practice.logprobs.collate(rows),
+        asked=3,
+    )
+    found = gradient(lambda: practice.loss(given)[0])
+    logp = np.array(practice.logprobs(given.rows), float).reshape(2, 2)
+    margin = (logp - reference) @ [1, -1]
+    pull = gate[:, 0] * 0.3 / (1 + np.exp(0.3 * margin)) / 3
+    apart = [gradient(lambda row=row: practice.logprobs(practice.logprobs.collate([row])).sum()) for row in rows]
+    for name in found:
+        wanted = sum(pull[i] * (np.array(apart[2 * i + 1][name]) - np.array(apart[2 * i][name])) for i in range(2))
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
+
+
 def test_an_answer_cut_off_is_worse_than_all_that_ended():
     reward, finished = mx.array([[0.2, 5.0, -0.3], [1.0, 2.0, 3.0]]), mx.array([[True, False, True], [False] * 3])
     assert rl.unfinished_last(reward, finished).tolist() == [pytest.approx([0.2, -0.8, -0.3]), [-0.5] * 3]
@@ -249,11 +301,12 @@ def test_divergence_of_the_base_from_itself_is_nothing_and_grows(tiny, tmp_path)
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 
-def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, talker):
+@pytest.mark.parametrize("method", ["rloo", "dpo"])
+def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, talker, method):
     lm = talker()
     digest = lm.fingerprint()
     values = ("rl.steps=8", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.eval_every=4", "rl.probes=48")
-    made = train(registry, line, lm, *values, "rl.learning_rate=0.02", "rl.max_length=2")
+    made = train(registry, line, lm, *values, f"rl.method={method}", "rl.learning_rate=0.02", "rl.max_length=2")
     assert lm.fingerprint() == digest and not lora.adapter_parameters(lm.model)
     told = made.metadata["metrics"]
     last = told["training"]["evaluations"][-1]
@@ -268,8 +321,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker):
-    straight = train(registry, line, talker())
+@pytest.mark.parametrize("more", [(), ("rl.method=dpo",)], ids=["rloo", "dpo"])
+def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker, more):
+    straight = train(registry, line, talker(), *more)
     assert straight.metadata["metrics"]["training"]["skipped_steps"] == 0
     for dies_at in (1, 3):
 
@@ -278,13 +332,20 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, li
                 raise Killed
 
         with pytest.raises(Killed):
-            train(registry, line, talker(), progress=die)
-        assert train(registry, line, talker()).ref == straight.ref, "a hash of its weights"
+            train(registry, line, talker(), *more, progress=die)
+        assert train(registry, line, talker(), *more).ref == straight.ref, "a hash of its weights"
 
 
-def test_what_is_unsafe_is_never_reinforced(registry, line, talker):
-    unsafe = Planted("unsafe", share_of_vowels, safety=-1.0)
-    made = train(registry, line, talker(), scorer=unsafe)
+@pytest.mark.parametrize(
+    ("method", "judge"),
+    [
+        ("rloo", Planted("unsafe", share_of_vowels, safety=-1.0)),
+        ("dpo", Planted("unsafe", share_of_vowels, safety=-1.0)),
+        ("dpo", Planted("unsure", share_of_vowels, doubt=9.0)),
+    ],
+)
+def test_what_is_unsafe_or_cannot_be_told_apart_teaches_nothing(registry, line, talker, method, judge):
+    made = train(registry, line, talker(), f"rl.method={method}", "rl.max_tokens=150", scorer=judge)
     assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
     assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
 

@@ -276,8 +276,11 @@ class FullConfig(Section):
 
 
 class RlConfig(Section):
-    """The adapter, by reinforcement: the student answers training prompts, the reward model judges (RLOO)."""
+    """The adapter, by reinforcement: the student answers training prompts, the reward model judges."""
 
+    method: Literal["rloo", "dpo"] = "rloo"
+    """`rloo` learns from every answer, by how much better it is than its siblings; `dpo` from the best and the worst of
+    them, as a pair, where the judge can tell these apart."""
     steps: Count = 100
     """Steps; each answers a batch of prompts anew."""
     batch_prompts: Count = 8
@@ -287,7 +290,9 @@ class RlConfig(Section):
     max_tokens: Count = 128
     """Longest answer; one that does not end by then counts as worse than all that do."""
     kl_weight: NonNegative = 0.05
-    """What a nat of distance from the base costs, in standard deviations of the reward."""
+    """What a nat of distance from the base costs with `rloo`, in standard deviations of the reward."""
+    beta: Positive = 0.1
+    """Strength of the pull towards the base with `dpo`."""
     uncertainty_weight: NonNegative = 1.0
     """What a standard deviation of doubt in the reward costs."""
     length_weight: NonNegative = 0.5

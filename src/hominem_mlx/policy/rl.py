@@ -1,11 +1,15 @@
-"""Reinforcement by the reward model (RLOO): the student answers, and what does better than its siblings gets likelier.
+"""Reinforcement by the reward model: the student answers, and what does better than its siblings gets likelier.
 
     R = sum_i w_i clip((r_i - mean_i) / sd_i, -3, 3) - c_u u - c_L max(0, length / L0 - 1) - c_KL (log p - log p_base)
     A_j = R_j - mean of R over the other answers to the same prompt          loss = -mean_j A_j log p(answer_j)
 
 Mean, spread and L0 are those of the base's own answers and never change: a moving scale would move the goal. Every
 batch is drawn from the policy as it is and used for one step, so there is no ratio, no clipping, no critic. The base
-is frozen and is the reference. Source: Ahmadian et al. 2024 (arXiv 2402.14740); `science.md` 3.6.
+is frozen and is the reference. Source: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740); `science.md` 3.6.
+
+With `rl.method = "dpo"` the best and the worst answer to a prompt, by the same R, are a pair for one step of DPO
+against the base instead. R then has no term of distance: DPO's beta holds the policy near the base. Source: Guo et al.
+2024, OAIF (arXiv 2402.04792).
 """
 
 import shutil
@@ -107,13 +111,19 @@ class Scale:
 @dataclass(frozen=True)
 class Rollouts:
     """`B` prompts with `k` answers each, neighbours, and of each answer, `[B, k]`: log p under the base, `R` without
-    its term of distance, how much of it may be learnt, whether it came to an end."""
+    its term of distance, how much of it may be learnt, whether it came to an end.
+
+    For DPO only prompts whose answers could be told apart are here, with k = 2, the better one first. `asked` prompts
+    were answered; `told` is what a step reports of all their answers.
+    """
 
     rows: Rows
     reference: mx.array
     reward: mx.array
     gate: mx.array
     finished: mx.array
+    asked: int
+    told: dict[str, mx.array]
 
 
 def train(
@@ -252,36 +262,39 @@ class Practice:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
             asked, said, rows = self._answer([prompts[i] for i in order.batch(step)], settings.answers, seed)
             verdicts = Verdicts.of(self.scorer.score_many([(p, answer.text) for p, answer in zip(asked, said)]))
-            gate = losses.safety_gate(mx.array(verdicts.safety), low=settings.safety_low, high=settings.safety_high)
-            if not gate.any():
+            lengths, finished = _lengths(rows), np.array([answer.finished for answer in said])
+            limits = {"low": settings.safety_low, "high": settings.safety_high}
+            gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
+            reward = self.scale.reward(verdicts, lengths, settings).astype(np.float32)
+            places = np.arange(len(rows)).reshape(-1, settings.answers)
+            told = {"reward": reward.mean(), "tokens": lengths.mean(), "finished": finished.mean()}
+            if settings.method == "dpo":
+                doubt = self.scale.doubt(verdicts)
+                places = best_and_worst(*(each[places] for each in (reward, doubt, gate, finished)))
+                told["pairs"] = len(places)
+            if not gate[places].any():
                 return None
+            learnt = [rows[place] for place in places.reshape(-1)]
             with lora.without_adapter(self.lm):
-                reference = reference_logprobs(self.logprobs, rows)
-            reward = self.scale.reward(verdicts, _lengths(rows), settings)
-
-            def grouped(values) -> mx.array:
-                return mx.array(values).reshape(-1, settings.answers)
-
+                reference = reference_logprobs(self.logprobs, learnt)
             return Rollouts(
-                self.logprobs.collate(rows),
-                grouped(reference),
-                grouped(reward.astype(np.float32)),
-                grouped(gate),
-                grouped([answer.finished for answer in said]),
+                self.logprobs.collate(learnt),
+                mx.array(reference).reshape(places.shape),
+                *(mx.array(each[places]) for each in (reward, gate, finished)),
+                asked=len(rows) // settings.answers,
+                told={name: mx.array(float(value)) for name, value in told.items()},
             )
 
         return batch_at
 
     def loss(self, batch: Rollouts) -> tuple[mx.array, dict[str, mx.array]]:
-        """`rloo` of a batch, with what a step reports."""
-        loss, gained = rloo(self.logprobs(batch.rows).reshape(batch.reward.shape), batch, self.settings.kl_weight)
-        measured = {
-            "reward": batch.reward.mean(),
-            "gained": gained.mean(),
-            "tokens": batch.rows.lengths.mean(),
-            "finished": batch.finished.mean(),
-        }
-        return loss, measured
+        """The loss of a batch by `rl.method`, with what a step reports."""
+        logp = self.logprobs(batch.rows).reshape(batch.reward.shape)
+        if self.settings.method == "dpo":
+            loss, gained = dpo(logp, batch, self.settings.beta)
+        else:
+            loss, gained = rloo(logp, batch, self.settings.kl_weight)
+        return loss, {**batch.told, "gained": gained.mean()}
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
@@ -395,6 +408,45 @@ def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, m
     advantage = losses.rloo_advantage(unfinished_last(batch.reward - kl_weight * gained, batch.finished))
     lesson = mx.where(advantage > 0, batch.gate * advantage, advantage)
     return -(lesson * logp).mean(), gained
+
+
+def dpo(logp: mx.array, batch: Rollouts, beta: float) -> tuple[mx.array, mx.array]:
+    """DPO's loss on the best and the worst answer to each prompt, and by how many nats the policy likes each better.
+
+    The mean is over all prompts that were answered: one whose answers could not be told apart teaches nothing, as in
+    RLOO, and leaves the others as strong as they are.
+
+    Args:
+        logp: log-probabilities under the policy, float32 `[B, 2]`, the better answer first; has the gradient.
+        batch: the rest; its rows are not read.
+        beta: `rl.beta`.
+
+    Returns: a scalar, and `[B, 2]`.
+    """
+    gained = logp - batch.reference
+    loss = batch.gate[:, 0] * losses.dpo(gained[:, 0] - gained[:, 1], beta=beta)
+    return loss.sum() / batch.asked, mx.stop_gradient(gained)
+
+
+def best_and_worst(reward: np.ndarray, doubt: np.ndarray, gate: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """The best and the worst answer to each prompt, as places in the flattened `[B * k]`: int `[P, 2]`, P <= B.
+
+    A prompt is left out where the two are as good, where the judge cannot tell them apart (their rewards differ by no
+    more than the standard deviation of that difference; that one was cut off needs no judge), and where the best one
+    must not be reinforced.
+
+    Args, all `[B, k]`:
+        reward: `R` without its term of distance.
+        doubt: the judge's standard deviation, in the unit of `R`.
+        gate: how much of an answer may be learnt.
+        finished: whether it came to an end.
+    """
+    worth = np.array(unfinished_last(mx.array(reward), mx.array(finished)))
+    prompt, best, worst = np.arange(len(worth)), worth.argmax(axis=1), worth.argmin(axis=1)
+    noise = np.hypot(doubt[prompt, best], doubt[prompt, worst]) * finished[prompt, worst]
+    clear = worth[prompt, best] - worth[prompt, worst] > noise
+    learnable = gate[prompt, best] > 0
+    return (prompt[:, None] * worth.shape[1] + np.stack([best, worst], axis=1))[clear & learnable]
 
 
 def unfinished_last(reward: mx.array, finished: mx.array) -> mx.array:

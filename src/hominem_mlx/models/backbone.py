@@ -74,6 +74,10 @@ class LanguageModel:
         """
         return [*self.tokenizer.encode(response, add_special_tokens=False), self.tokenizer.eos_token_id]
 
+    def answer_tokens(self, answer: sampling.Answer) -> list[int]:
+        """An answer of its own as it was drawn, and the token that ended it where it came to an end."""
+        return [*answer.tokens, *[self.tokenizer.eos_token_id] * answer.finished]
+
     # --- tokens to numbers -----------------------------------------------------------------------------------------
 
     def hidden_states(self, tokens: mx.array, layers: Sequence[int]) -> list[mx.array]:

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import load_config
-from hominem_mlx.errors import InputError, TrainingError
+from hominem_mlx.errors import ConfigError, InputError, TrainingError
 from hominem_mlx.files import write_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.policy import rl
@@ -57,6 +57,21 @@ class Planted:
 
 def share_of_vowels(text):
     return 4 * sum(letter in "aeiou" for letter in text) / max(1, len(text)) - 1
+
+
+class Torn(Planted):
+    """A judge whose dimensions want different letters."""
+
+    def __init__(self):
+        super().__init__("torn", share_of_vowels)
+
+    def score_many(self, pairs):
+        told = []
+        for (_, response), said in zip(pairs, super().score_many(pairs)):
+            shares = [4 * response.count(letter) / max(1, len(response)) - 0.5 for letter in "aeioun"]
+            vector = dict(zip(MANIFOLD.names, np.clip([*shares, -sum(shares)], -1, 1).tolist()))
+            told.append(said.model_copy(update={"reward_vector": vector}))
+        return told
 
 
 LETTERS, NOTHING = Planted("letters", share_of_vowels), Planted("nothing", lambda text: 0.0)
@@ -259,6 +274,45 @@ def test_the_gradient_of_dpo_on_a_model_is_that_of_its_pairs(tiny, tmp_path):
         assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
 
 
+def test_products_of_the_dimensions_steps_are_those_of_their_gradients(talker, tmp_path):
+    lm = talker()
+    practice = rl.Practice(lm, load_config(overrides=[*FAST, "rl.answers=3"]).rl, None, Torn(), NOTHING, tmp_path)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    practice.first_look(["one?", "two?"])
+    asked, said, rows = practice._answer(["a?", "b, then?"], 3, seed=1)
+    verdicts = rl.Verdicts.of(Torn().score_many([(p, answer.text) for p, answer in zip(asked, said)]))
+    standing = practice.scale.standing(verdicts)
+    gate, finished = np.array([1.0, 0.5, 1, 1, 0, 1], np.float32), np.array([True, True, True, True, True, False])
+    found = practice.dimension_gram(rows, standing, gate, finished)
+
+    def step(dimension):
+        reward = standing[:, dimension].reshape(2, 3).tolist()
+        given = batch(reward, gate=gate.reshape(2, 3).tolist(), finished=finished.reshape(2, 3).tolist())
+        every = practice.logprobs.collate(rows)
+        tree = nn.value_and_grad(lm.model, lambda: rl.rloo(practice.logprobs(every).reshape(2, 3), given, 0.0)[0])()[1]
+        return np.concatenate([np.array(value, float).reshape(-1) for _, value in sorted(tree_flatten(tree))])
+
+    steps = np.stack([step(dimension) for dimension in range(7)])
+    wanted, lengths = steps @ steps.T, np.linalg.norm(steps, axis=1)
+    assert lengths.min() > 0
+    assert np.abs(found - wanted).max() / np.outer(lengths, lengths).max() < 0.1
+    assert np.corrcoef(found.reshape(-1), wanted.reshape(-1))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "cagrad", "mgda"])
+def test_dimensions_at_odds_weigh_otherwise_and_the_step_is_theirs(registry, line, talker, method):
+    told = []
+    made = train(registry, line, talker(), f"rl.conflicts={method}", scorer=Torn(), progress=told.append)
+    plain = train(registry, line, talker(), scorer=Torn())
+    assert any(event.get("rl_opposed", 0) > 0 for event in told)
+    assert any(not np.array_equal(value, weights(plain)[name]) for name, value in weights(made).items())
+
+
+def test_conflicts_among_dimensions_want_rloo():
+    with pytest.raises(ConfigError, match="conflicts = mgda needs method = rloo"):
+        load_config(overrides=["rl.conflicts=mgda", "rl.method=dpo"])
+
+
 def test_an_answer_cut_off_is_worse_than_all_that_ended():
     reward, finished = mx.array([[0.2, 5.0, -0.3], [1.0, 2.0, 3.0]]), mx.array([[True, False, True], [False] * 3])
     assert rl.unfinished_last(reward, finished).tolist() == [pytest.approx([0.2, -0.8, -0.3]), [-0.5] * 3]
@@ -321,9 +375,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("more", [(), ("rl.method=dpo",)], ids=["rloo", "dpo"])
+@pytest.mark.parametrize("more", ["rl.method=rloo", "rl.method=dpo", "rl.conflicts=pcgrad"])
 def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker, more):
-    straight = train(registry, line, talker(), *more)
+    straight = train(registry, line, talker(), more, scorer=Torn())
     assert straight.metadata["metrics"]["training"]["skipped_steps"] == 0
     for dies_at in (1, 3):
 
@@ -332,8 +386,8 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, li
                 raise Killed
 
         with pytest.raises(Killed):
-            train(registry, line, talker(), *more, progress=die)
-        assert train(registry, line, talker(), *more).ref == straight.ref, "a hash of its weights"
+            train(registry, line, talker(), more, scorer=Torn(), progress=die)
+        assert train(registry, line, talker(), more, scorer=Torn()).ref == straight.ref, "a hash of its weights"
 
 
 @pytest.mark.parametrize(

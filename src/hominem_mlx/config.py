@@ -293,6 +293,10 @@ class RlConfig(Section):
     """What a nat of distance from the base costs with `rloo`, in standard deviations of the reward."""
     beta: Positive = 0.1
     """Strength of the pull towards the base with `dpo`."""
+    conflicts: Literal["sum", "pcgrad", "cagrad", "mgda"] = "sum"
+    """Dimensions that pull against each other, with `rloo`: `sum` adds them up by their weights; `pcgrad` takes out of
+    each what points against another; `cagrad` helps the one that gains least, near the sum; `mgda` lets none fall. All
+    but `sum` cost a second backward pass."""
     uncertainty_weight: NonNegative = 1.0
     """What a standard deviation of doubt in the reward costs."""
     length_weight: NonNegative = 0.5
@@ -335,6 +339,12 @@ class RlConfig(Section):
     """One this safe always may be; between, in proportion."""
     seed: int = 0
     """Seed of initialisation, order and answers."""
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.conflicts != "sum" and self.method == "dpo":
+            raise ValueError(f"conflicts = {self.conflicts} needs method = rloo: dpo learns from one order of answers")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -15,7 +15,8 @@ from hominem_mlx.errors import ConfigError, InputError, TrainingError
 from hominem_mlx.files import write_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.policy import rl
-from hominem_mlx.records import Label, Reward
+from hominem_mlx.policy.episodes import play, to_play
+from hominem_mlx.records import Label, Reward, SftPair, Turn
 from hominem_mlx.schema import MANIFOLD, RewardOutput
 from hominem_mlx.training.rows import Row
 
@@ -30,6 +31,9 @@ FAST = (
     "rl.save_every=2",
     "rl.probes=8",
 )
+
+
+LOOSE = ("rl.max_kl=1000", "rl.min_distinct2=0", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.probes=48")
 
 
 class Planted:
@@ -96,6 +100,14 @@ def talker(tiny):
     return make
 
 
+def conversation(number):
+    """A conversation of two turns as it comes in: a memory for each reply."""
+    said = [f"what of {number}?", f"and then, {number}?"]
+    before = [Turn(role="user", content=said[0]), Turn(role="assistant", content="this.")]
+    yield SftPair(id=f"m{number}-1", instruction=said[0], response="this.")
+    yield SftPair(id=f"m{number}-2", instruction=said[1], response="that.", history=before)
+
+
 @pytest.fixture
 def line(registry):
     """A labels dataset of a few prompts, and the artifact of a reward model."""
@@ -106,6 +118,7 @@ def line(registry):
                 for i in numbers
             ]
             write_jsonl(labels.folder / f"labels.{part}.jsonl", rows)
+        write_jsonl(labels.folder / "memory.jsonl", [memory for i in range(5) for memory in conversation(i)])
     with registry.draft("reward_model", parents=[labels.published]) as model:
         write_json(model.folder / "planted.json", {})
     return labels.published, model.published
@@ -278,17 +291,17 @@ def test_products_of_the_dimensions_steps_are_those_of_their_gradients(talker, t
     lm = talker()
     practice = rl.Practice(lm, load_config(overrides=[*FAST, "rl.answers=3"]).rl, None, Torn(), NOTHING, tmp_path)
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
-    practice.first_look(["one?", "two?"])
-    asked, said, rows = practice._answer(["a?", "b, then?"], 3, seed=1)
-    verdicts = rl.Verdicts.of(Torn().score_many([(p, answer.text) for p, answer in zip(asked, said)]))
+    practice.first_look([("one?",), ("two?",)])
+    played = practice.play([("a?",), ("b, then?",)], 3, seed=1)
+    verdicts = rl.Verdicts.of(Torn().score_many(played.pairs))
     standing = practice.scale.standing(verdicts)
     gate, finished = np.array([1.0, 0.5, 1, 1, 0, 1], np.float32), np.array([True, True, True, True, True, False])
-    found = practice.dimension_gram(rows, standing, gate, finished)
+    found = practice.dimension_gram(played.rows, standing, gate, finished)
 
     def step(dimension):
         reward = standing[:, dimension].reshape(2, 3).tolist()
         given = batch(reward, gate=gate.reshape(2, 3).tolist(), finished=finished.reshape(2, 3).tolist())
-        every = practice.logprobs.collate(rows)
+        every = practice.logprobs.collate([row for [row] in played.rows])
         tree = nn.value_and_grad(lm.model, lambda: rl.rloo(practice.logprobs(every).reshape(2, 3), given, 0.0)[0])()[1]
         return np.concatenate([np.array(value, float).reshape(-1) for _, value in sorted(tree_flatten(tree))])
 
@@ -344,12 +357,12 @@ def test_divergence_of_the_base_from_itself_is_nothing_and_grows(tiny, tmp_path)
     lm = tiny()
     practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
-    _, _, rows = practice._answer(["one?", "two?"], 3, seed=1)
-    assert practice.divergence(rows) == pytest.approx(0, abs=1e-5)
+    played = practice.play([("one?",), ("two?",)], 3, seed=1)
+    assert practice.divergence(played) == pytest.approx(0, abs=1e-5)
     for name, value in lora.adapter_parameters(lm.model).items():
         if name.endswith("lora_b"):
             lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
-    assert practice.divergence(rows) > 0.01
+    assert practice.divergence(played) > 0.01
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -375,7 +388,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("more", ["rl.method=rloo", "rl.method=dpo", "rl.conflicts=pcgrad"])
+@pytest.mark.parametrize("more", ["rl.method=rloo", "rl.method=dpo", "rl.conflicts=pcgrad", "rl.turns=2"])
 def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker, more):
     straight = train(registry, line, talker(), more, scorer=Torn())
     assert straight.metadata["metrics"]["training"]["skipped_steps"] == 0
@@ -420,6 +433,88 @@ def test_nothing_to_answer_is_said(registry, line, talker):
     assert registry.artifacts("lora") == []
 
 
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_of_a_conversation_follows_what_was_said_in_it(talker):
+    lm = talker()
+    talks = [("what of 1?", "and then?", "so?"), ("a?", "b?", "c?")]
+    played = play(lm, talks, each=2, max_tokens=12, seed=3, system="Be kind.")
+    assert [pair[0] for pair in played.pairs] == ["what of 1?\n\nand then?\n\nso?"] * 2 + ["a?\n\nb?\n\nc?"] * 2
+    end = lm.tokenizer.eos_token_id
+    for place, (rows, (_, answered)) in enumerate(zip(played.rows, played.pairs)):
+        said = [lm.tokenizer.decode([t for t in row.response if t != end]).strip() for row in rows]
+        assert answered == "\n\n".join(said)
+        before = []
+        for question, answer, row in zip(talks[place // 2], said, rows):
+            assert row.prompt == lm.prompt_tokens(question, system="Be kind.", history=before)
+            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        assert played.finished[place] == all(row.response[-1:] == [end] for row in rows)
+        assert played.lengths[place] == sum(len(row.response) for row in rows)
+    assert len({answered for _, answered in played.pairs}) == 4
+    once = play(lm, [talk[:1] for talk in talks], each=2, max_tokens=12, seed=3, system="Be kind.")
+    assert [rows[0] for rows in played.rows] == [rows[0] for rows in once.rows]
+
+
+def test_every_turns_tokens_get_the_conversations_advantage(talker, tmp_path):
+    lm = talker()
+    practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    played = practice.play([("a?", "and?"), ("b, then?", "why?")], 2, seed=1)
+
+    def gradient(loss):
+        return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
+
+    logprobs = practice.logprobs
+    every = [row for rows in played.rows for row in rows]
+    reward = [[0.4, -0.2], [0.1, 0.9]]
+    reference = [[sum(logprobs(logprobs.collate(played.rows[2 * i + j])).tolist()) for j in (0, 1)] for i in (0, 1)]
+    given = batch(reward, reference=reference, rows=logprobs.collate(every))
+    _, told = practice.loss(given)
+    assert told["gained"].item() == pytest.approx(0, abs=1e-3), "at the base, over both turns"
+    found = gradient(lambda: practice.loss(given)[0])
+    apart = [gradient(lambda row=row: logprobs(logprobs.collate([row])).sum()) for row in every]
+    advantage = [0.6, -0.6, -0.8, 0.8]
+    for name in found:
+        wanted = -sum(advantage[place // 2] * np.array(each[name]) for place, each in enumerate(apart)) / 4
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-3 * max(1e-3, np.abs(wanted).max()))
+
+
+def test_a_reward_at_the_end_for_what_was_said_first_is_learnt(registry, line, talker):
+    first = Planted("first", lambda text: share_of_vowels(text.split("\n\n")[0]))
+    values = (*LOOSE, "rl.turns=2", "rl.steps=8", "rl.eval_every=4", "rl.learning_rate=0.02", "rl.max_length=3")
+    made = train(registry, line, talker(), *values, scorer=first)
+    told = made.metadata["metrics"]
+    last = told["training"]["evaluations"][-1]
+    assert last["reward"] > told["before"]["reward"] + 0.1 and last["kl"] > 0
+
+
+def test_conversations_are_cut_to_length_and_some_are_kept_to_look_at(registry):
+    def memories(count):
+        for i in range(count):
+            talk = [f"what of {i}?", "and then?", "so?"]
+            turns = [Turn(role=role, content=text) for text in talk for role in ("user", "assistant")]
+            for length in range(3):
+                row = {"instruction": talk[length], "response": "x", "history": turns[: 2 * length]}
+                yield SftPair(id=f"m{i}-{length}", **row)
+
+    def to_play_of(count):
+        with registry.draft("dataset", seed=count) as draft:
+            write_jsonl(draft.folder / "memory.jsonl", memories(count))
+        return to_play(draft.published, 2)
+
+    learnt, looked_at = to_play_of(40)
+    assert sorted(learnt + looked_at) == sorted((f"what of {i}?", "and then?") for i in range(40))
+    assert 2 < len(looked_at) < 16
+    assert to_play_of(1) == ([("what of 0?", "and then?")],) * 2
+
+
+def test_conversations_too_short_are_said(registry, line, talker):
+    with pytest.raises(InputError, match=r"rl.turns = 3: .* 10 memories, and the longest conversation .* has 2 turns"):
+        train(registry, line, talker(), "rl.turns=3")
+    assert registry.artifacts("lora") == []
+
+
 # --- guards ---------------------------------------------------------------------------------------------------------
 
 LIMITS = load_config().rl
@@ -455,9 +550,6 @@ def test_judges_are_apart_while_one_rises_and_the_other_falls(rewards, audits, l
     seen = [{**CALM, "reward": reward, "audit": audit} for reward, audit in zip(rewards, audits)]
     assert rl.apart(seen) == looks
     assert list(rl.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
-
-
-LOOSE = ("rl.max_kl=1000", "rl.min_distinct2=0", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.probes=48")
 
 
 def test_a_reward_that_loves_length_is_caught_and_the_last_good_state_is_kept(registry, line, talker):

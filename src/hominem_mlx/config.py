@@ -287,6 +287,9 @@ class RlConfig(Section):
     """Prompts a step."""
     answers: Annotated[int, Field(ge=2, le=32)] = 4
     """Answers to each of them; every one is compared with the others."""
+    turns: Count = 1
+    """Turns of the user. Above 1 conversations among the memories are played instead of prompts: the user's turns stay,
+    the assistant's are made anew, and the judge reads each conversation once, as a whole."""
     max_tokens: Count = 128
     """Longest answer; one that does not end by then counts as worse than all that do."""
     kl_weight: NonNegative = 0.05
@@ -325,7 +328,7 @@ class RlConfig(Section):
     probes: Annotated[int, Field(ge=8)] = 128
     """Answers to validation prompts in each look; the base's own answers to them set the scale of the reward."""
     max_kl: Positive = 10.0
-    """Guard: nats between policy and base, a whole answer."""
+    """Guard: nats between policy and base, a whole answer (or conversation)."""
     max_length: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.3
     """Guard: mean length against the base's."""
     min_distinct2: Share = 0.8

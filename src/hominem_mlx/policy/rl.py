@@ -13,6 +13,9 @@ against the base instead. R then has no term of distance: DPO's beta holds the p
 
 Where dimensions pull against each other `rl.conflicts` settles, batch by batch, what each of them weighs in R instead
 of w_i: PCGrad, CAGrad or MGDA on the products of the steps that each of them alone would take.
+
+With `rl.turns` above 1 an answer is a conversation: the user's turns are given, the judge reads it once, at its end,
+and log p is that of all that the assistant said in it. So what is said first is learnt by what comes of it.
 """
 
 import shutil
@@ -28,14 +31,13 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import Config, RlConfig
-from hominem_mlx.errors import InputError, TrainingError
-from hominem_mlx.files import lock, read_jsonl, read_objects, replace, sha256_json
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.files import lock, read_objects, replace, sha256_json
 from hominem_mlx.metrics import distinct2
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.models.sampling import Answer, answers
 from hominem_mlx.policy.dual import strongest_directions
-from hominem_mlx.records import Label
+from hominem_mlx.policy.episodes import Played, Talk, play, to_play
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import conflicts
@@ -153,7 +155,8 @@ def train(
     """Train an adapter on its own answers and publish it; a killed run goes on from its last checkpoint.
 
     Args:
-        labels: the "labels" dataset: prompts of its training part are answered, those of its validation part probed.
+        labels: the "labels" dataset: prompts of its training part are answered, those of its validation part probed;
+            with `rl.turns` above 1 conversations among its memories.
         reward_model: the artifact behind `scorer`, a parent.
         config: `config.rl` and `config.student.system` shape the adapter and are part of its identity.
         lm: the base, without an adapter; it is handed back without one.
@@ -162,7 +165,7 @@ def train(
 
     Returns: the `lora` artifact, not yet `current`. Where a guard stopped the run it is the adapter of the last look
         that nothing spoke against, and `metrics` says which and why.
-    Raises: TrainingError when that is the untrained one, or a loss is not finite; InputError without prompts.
+    Raises: TrainingError when that is the untrained one, or a loss is not finite; InputError with nothing to answer.
     """
     settings = config.rl
     judges = {"scorer": scorer.fingerprint(), "audit": audit.fingerprint()}
@@ -172,7 +175,7 @@ def train(
     run = registry.home / "runs" / f"rl-{sha256_json([[parent.hash for parent in parents], resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
         practice = Practice(lm, settings, config.student.system, scorer, audit, run)
-        prompts, probes = _prompts(labels)
+        talks, probes = to_play(labels, settings.turns)
         first = practice.first_look(probes)
         directions = practice.head_directions()
         shape = lora.Shape(settings.rank, settings.scale, 0.0, settings.num_layers)
@@ -183,7 +186,7 @@ def train(
         try:
             summary = run_loop(
                 lm.model,
-                [Channel("rl", 1.0, practice.batches(prompts), practice.loss)],
+                [Channel("rl", 1.0, practice.batches(talks), practice.loss)],
                 _plan(settings),
                 run,
                 evaluate=practice.look,
@@ -200,7 +203,7 @@ def train(
                     "before": first,
                     "kept_step": kept,
                     "guards": story([first, *summary["evaluations"]], settings),
-                    "prompts": len(prompts),
+                    "prompts": len(talks),
                 }
                 draft.notes = {"base": lm.name, "pointer": lm.pointer}
         finally:
@@ -208,19 +211,6 @@ def train(
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
     return draft.published
-
-
-def _prompts(labels: Artifact) -> tuple[list[str], list[str]]:
-    """What is answered to learn, and what is answered to look; the same where there is no validation part."""
-    parts = [
-        sorted({label.prompt for label in read_jsonl(labels.file(f"labels.{part}.jsonl"), Label, may_be_empty=True)})
-        for part in ("train", "valid")
-    ]
-    if not parts[0]:
-        raise InputError(
-            f"{labels.ref} has no training prompt to answer; label some replies, then `hominem data split`"
-        )
-    return parts[0], parts[1] or parts[0]
 
 
 def _plan(settings: RlConfig) -> Plan:
@@ -244,43 +234,28 @@ class Practice:
         self.scorer, self.audit = scorer, audit
         self.logprobs = LogProbs(lm)
 
-    def _answer(self, prompts: Sequence[str], each: int, seed: int) -> tuple[list[str], list[Answer], list[Row]]:
-        """`each` answers a prompt, neighbours: the prompt of each, the answers, and both in tokens."""
-        settings = self.settings
-        said = answers(
-            self.lm,
-            prompts,
-            max_tokens=settings.max_tokens,
-            temperature=1.0,  # any other would draw from something that is not the policy
-            seed=seed,
-            each=each,
-            system=self.system,
-        )
-        asked = [prompt for prompt in prompts for _ in range(each)]
-        rows = [
-            Row(self.lm.prompt_tokens(prompt, system=self.system), self.lm.answer_tokens(answer))
-            for prompt, answer in zip(asked, said, strict=True)
-        ]
-        return asked, said, rows
+    def play(self, talks: Sequence[Talk], each: int, seed: int) -> Played:
+        """`each` episodes a talk, neighbours, of the policy as it is."""
+        return play(self.lm, talks, each=each, max_tokens=self.settings.max_tokens, seed=seed, system=self.system)
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def batches(self, prompts: Sequence[str]) -> Callable[[int], Rollouts | None]:
+    def batches(self, talks: Sequence[Talk]) -> Callable[[int], Rollouts | None]:
         """A function of the step: answers of the policy at that step, drawn by seed and step alone, and their worth."""
         settings = self.settings
-        order = Order(len(prompts), settings.batch_prompts, settings.seed)
+        order = Order(len(talks), settings.batch_prompts, settings.seed)
 
         def batch_at(step: int) -> Rollouts | None:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
-            asked, said, rows = self._answer([prompts[i] for i in order.batch(step)], settings.answers, seed)
-            verdicts = Verdicts.of(self.scorer.score_many([(p, answer.text) for p, answer in zip(asked, said)]))
-            lengths, finished = _lengths(rows), np.array([answer.finished for answer in said])
+            played = self.play([talks[i] for i in order.batch(step)], settings.answers, seed)
+            verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+            lengths, finished = played.lengths, played.finished
             limits = {"low": settings.safety_low, "high": settings.safety_high}
             gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
-            places = np.arange(len(rows)).reshape(-1, settings.answers)
+            places = np.arange(len(finished)).reshape(-1, settings.answers)
             told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, WEIGHTS
             if settings.conflicts != "sum" and gate.any():
-                gram = self.dimension_gram(rows, self.scale.standing(verdicts), gate, finished)
+                gram = self.dimension_gram(played.rows, self.scale.standing(verdicts), gate, finished)
                 weights = conflicts.combine(settings.conflicts, gram, WEIGHTS, seed=[settings.seed, step])
                 told["opposed"] = (gram[np.triu_indices(len(gram), 1)] < 0).mean()
             reward = self.scale.reward(verdicts, lengths, settings, weights).astype(np.float32)
@@ -291,21 +266,21 @@ class Practice:
                 told["pairs"] = len(places)
             if not gate[places].any():
                 return None
-            learnt = [rows[place] for place in places.reshape(-1)]
+            learnt = [row for place in places.reshape(-1) for row in played.rows[place]]
             with lora.without_adapter(self.lm):
                 reference = reference_logprobs(self.logprobs, learnt)
             return Rollouts(
                 self.logprobs.collate(learnt),
-                mx.array(reference).reshape(places.shape),
+                mx.array(reference).reshape(*places.shape, -1).sum(axis=-1),
                 *(mx.array(each[places]) for each in (reward, gate, finished)),
-                asked=len(rows) // settings.answers,
+                asked=len(finished) // settings.answers,
                 told={name: mx.array(float(value)) for name, value in told.items()},
             )
 
         return batch_at
 
     def dimension_gram(
-        self, rows: Sequence[Row], standing: np.ndarray, gate: np.ndarray, finished: np.ndarray
+        self, rows: Sequence[list[Row]], standing: np.ndarray, gate: np.ndarray, finished: np.ndarray
     ) -> np.ndarray:
         """Products of the steps that each dimension alone would take, float64 `[K, K]` (`science.md` 3.5).
 
@@ -314,15 +289,15 @@ class Practice:
         deviation of at most 2 %; that touches the weights of the dimensions alone, never the gradient that is applied.
 
         Args:
-            rows: of `n` answers, those to a prompt neighbours.
+            rows: of each of `n` answers (or conversations), those to a prompt neighbours.
             standing: of each dimension `[n, K]`; gate, finished `[n]`.
         """
 
-        def logp(row: Row) -> mx.array:
-            return self.logprobs(self.logprobs.collate([row])).sum()
+        def logp(answered: list[Row]) -> mx.array:
+            return self.logprobs(self.logprobs.collate(answered)).sum()
 
         slope = nn.value_and_grad(self.lm.model, logp)
-        sketched = np.stack([sketch(dict(tree_flatten(slope(row)[1]))) for row in rows])
+        sketched = np.stack([sketch(dict(tree_flatten(slope(answered)[1]))) for answered in rows])
         allowed, ended = (mx.array(each).reshape(-1, self.settings.answers) for each in (gate, finished))
         lessons = [
             lesson(mx.array(each.astype(np.float32)).reshape(ended.shape), allowed, ended) for each in standing.T
@@ -332,7 +307,7 @@ class Practice:
 
     def loss(self, batch: Rollouts) -> tuple[mx.array, dict[str, mx.array]]:
         """The loss of a batch by `rl.method`, with what a step reports."""
-        logp = self.logprobs(batch.rows).reshape(batch.reward.shape)
+        logp = self.logprobs(batch.rows).reshape(*batch.reward.shape, -1).sum(axis=-1)
         if self.settings.method == "dpo":
             loss, gained = dpo(logp, batch, self.settings.beta)
         else:
@@ -341,51 +316,50 @@ class Practice:
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
-    def first_look(self, prompts: Sequence[str]) -> Look:
+    def first_look(self, talks: Sequence[Talk]) -> Look:
         """The base's own answers to `probes` prompts: they set the scale, and what the guards compare with."""
         settings = self.settings
-        self.each = -(-settings.probes // len(prompts))
-        chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[: -(-settings.probes // self.each)]
-        self.probes = [prompts[i] for i in sorted(chosen)]
-        asked, said, rows = self._answer(self.probes, self.each, settings.seed)
-        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
-        verdicts = Verdicts.of(self.scorer.score_many(pairs))
-        self.scale = Scale.of(verdicts, _lengths(rows))
+        self.each = -(-settings.probes // len(talks))
+        chosen = np.random.default_rng(settings.seed).permutation(len(talks))[: -(-settings.probes // self.each)]
+        self.probes = [talks[i] for i in sorted(chosen)]
+        self.first_played = self.play(self.probes, self.each, settings.seed)
+        verdicts = Verdicts.of(self.scorer.score_many(self.first_played.pairs))
+        self.scale = Scale.of(verdicts, self.first_played.lengths)
         self.most_doubt = float(np.quantile(self.scale.doubt(verdicts), 0.99))
-        self.first = {"step": 0, **self._describe(pairs, said, rows, verdicts), "kl": 0.0}
-        self.first_rows = rows
+        self.first = {"step": 0, **self._describe(self.first_played, verdicts), "kl": 0.0}
         return self.first
 
     def head_directions(self) -> mx.array | None:
         """What the output layer may read (`rl.head_rank`), found in the base's own answers; None where it is free."""
         rank = min(self.settings.head_rank, self.settings.rank)
-        return strongest_directions(self.logprobs, self.first_rows, rank) if rank else None
+        rows = [row for rows in self.first_played.rows for row in rows]
+        return strongest_directions(self.logprobs, rows, rank) if rank else None
 
     def look(self, step: int) -> Look:
         """The policy's answers to the same prompts, drawn with the same seed."""
-        asked, said, rows = self._answer(self.probes, self.each, self.settings.seed)
-        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
-        verdicts = Verdicts.of(self.scorer.score_many(pairs))
-        return {**self._describe(pairs, said, rows, verdicts), "kl": self.divergence(rows)}
+        played = self.play(self.probes, self.each, self.settings.seed)
+        verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+        return {**self._describe(played, verdicts), "kl": self.divergence(played)}
 
-    def _describe(self, pairs, said: Sequence[Answer], rows: Sequence[Row], verdicts: Verdicts) -> Look:
-        audited = Verdicts.of(self.audit.score_many(pairs))
+    def _describe(self, played: Played, verdicts: Verdicts) -> Look:
+        audited = Verdicts.of(self.audit.score_many(played.pairs))
         return {
             "reward": verdicts.scalar,
             "audit": audited.scalar,
-            "tokens": float(_lengths(rows).mean()),
-            "distinct2": distinct2([answer.tokens for answer in said]),
+            "tokens": float(played.lengths.mean()),
+            "distinct2": distinct2(played.tokens),
             "strange": float((self.scale.doubt(verdicts) > self.most_doubt).mean()),
-            "unfinished": float(np.mean([not answer.finished for answer in said])),
+            "unfinished": float((~played.finished).mean()),
             **dict(zip(MANIFOLD.names, verdicts.value.mean(axis=0).tolist(), strict=True)),
         }
 
-    def divergence(self, rows: Sequence[Row]) -> float:
-        """KL(policy || base) of a whole answer in nats, >= 0, estimated from answers of the policy.
+    def divergence(self, played: Played) -> float:
+        """KL(policy || base) of a whole episode in nats, >= 0, estimated from answers of the policy.
 
         Token by token `exp(d) - 1 - d` with `d = log p_base - log p`, which is never negative and varies far less than
-        `-d` (Schulman 2020, "k3"); summed over an answer.
+        `-d` (Schulman 2020, "k3"); summed over all that was answered.
         """
+        rows = [row for rows in played.rows for row in rows]
         total, order = 0.0, by_prompt(rows)
         for start in range(0, len(order), 32):
             batch = self.logprobs.collate([rows[i] for i in order[start : start + 32]])
@@ -395,7 +369,7 @@ class Practice:
                 base = self.logprobs.per_token(batch, gradient=False)
                 mx.eval(base)
             total += k3(policy, base).sum().item()
-        return total / len(rows)
+        return total / len(played.rows)
 
     def should_stop(self, measured: Look) -> str | None:
         """What the guards say of the newest look; keeps the adapter when they say nothing."""
@@ -427,10 +401,6 @@ class Practice:
         values, metadata = mx.load(str(self.run / KEPT), return_metadata=True)
         lora.set_parameters(self.lm.model, values)
         return int(metadata["step"])
-
-
-def _lengths(rows: Sequence[Row]) -> np.ndarray:
-    return np.array([len(row.response) for row in rows], float)
 
 
 def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, mx.array]:

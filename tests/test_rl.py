@@ -14,7 +14,7 @@ from hominem_mlx.config import load_config
 from hominem_mlx.errors import ConfigError, InputError, TrainingError
 from hominem_mlx.files import write_json, write_jsonl
 from hominem_mlx.models import lora
-from hominem_mlx.policy import rl
+from hominem_mlx.policy import guards, rl
 from hominem_mlx.policy.episodes import play, to_play
 from hominem_mlx.records import Label, Reward, SftPair, Turn
 from hominem_mlx.schema import MANIFOLD, RewardOutput
@@ -466,7 +466,7 @@ def test_every_turns_tokens_get_the_conversations_advantage(talker, tmp_path):
         return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
 
     logprobs = practice.logprobs
-    every = [row for rows in played.rows for row in rows]
+    every = played.every_row
     reward = [[0.4, -0.2], [0.1, 0.9]]
     reference = [[sum(logprobs(logprobs.collate(played.rows[2 * i + j])).tolist()) for j in (0, 1)] for i in (0, 1)]
     given = batch(reward, reference=reference, rows=logprobs.collate(every))
@@ -532,8 +532,8 @@ CALM = {"reward": 0.1, "audit": 0.1, "tokens": 20.0, "distinct2": 0.5, "strange"
     ],
 )
 def test_each_guard_speaks_beyond_its_limit_only(guard, at_limit, beyond):
-    assert rl.complaints([CALM, {**CALM, **at_limit}], LIMITS) == {}
-    assert list(rl.complaints([CALM, {**CALM, **beyond}], LIMITS)) == [guard]
+    assert guards.complaints([CALM, {**CALM, **at_limit}], LIMITS) == {}
+    assert list(guards.complaints([CALM, {**CALM, **beyond}], LIMITS)) == [guard]
 
 
 @pytest.mark.parametrize(
@@ -548,8 +548,8 @@ def test_each_guard_speaks_beyond_its_limit_only(guard, at_limit, beyond):
 )
 def test_judges_are_apart_while_one_rises_and_the_other_falls(rewards, audits, looks):
     seen = [{**CALM, "reward": reward, "audit": audit} for reward, audit in zip(rewards, audits)]
-    assert rl.apart(seen) == looks
-    assert list(rl.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
+    assert guards.apart(seen) == looks
+    assert list(guards.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
 
 
 def test_a_reward_that_loves_length_is_caught_and_the_last_good_state_is_kept(registry, line, talker):

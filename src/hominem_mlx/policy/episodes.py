@@ -36,6 +36,11 @@ class Played:
     finished: np.ndarray
 
     @property
+    def every_row(self) -> list[Row]:
+        """All answers, episode by episode."""
+        return [row for rows in self.rows for row in rows]
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of all answers of each episode, what ends them included, float `[n]`."""
         return np.array([sum(len(row.response) for row in rows) for rows in self.rows], float)

@@ -38,6 +38,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.policy.dual import strongest_directions
 from hominem_mlx.policy.episodes import Played, Talk, play, to_play
+from hominem_mlx.policy.guards import Look, apart, complaints, story
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import conflicts
@@ -48,13 +49,11 @@ from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
 from hominem_mlx.training.sketch import sketch
 
 Progress = Callable[[dict[str, Any]], None]
-Look = dict[str, Any]  # what was measured at one step, by name
 RECIPE = 1  # goes up when the same settings make another adapter, so that no run goes on by another recipe
 KEPT = "kept.safetensors"  # the adapter at the last look that nothing spoke against
 CLIP = 3.0  # standard deviations that one dimension may count, so that none of them buys all the others
 LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
 WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
-APART = 3  # looks in a row, each with a higher reward and a lower audit than the one before
 
 _weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
 WEIGHTS = _weights / _weights.sum()  # of the dimensions, [K]
@@ -249,35 +248,41 @@ class Practice:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
             played = self.play([talks[i] for i in order.batch(step)], settings.answers, seed)
             verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
-            lengths, finished = played.lengths, played.finished
             limits = {"low": settings.safety_low, "high": settings.safety_high}
             gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
-            places = np.arange(len(finished)).reshape(-1, settings.answers)
-            told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, WEIGHTS
-            if settings.conflicts != "sum" and gate.any():
-                gram = self.dimension_gram(played.rows, self.scale.standing(verdicts), gate, finished)
-                weights = conflicts.combine(settings.conflicts, gram, WEIGHTS, seed=[settings.seed, step])
-                told["opposed"] = (gram[np.triu_indices(len(gram), 1)] < 0).mean()
-            reward = self.scale.reward(verdicts, lengths, settings, weights).astype(np.float32)
-            told["reward"] = reward.mean()
-            if settings.method == "dpo":
-                doubt = self.scale.doubt(verdicts)
-                places = best_and_worst(*(each[places] for each in (reward, doubt, gate, finished)))
-                told["pairs"] = len(places)
-            if not gate[places].any():
-                return None
-            learnt = [row for place in places.reshape(-1) for row in played.rows[place]]
-            with lora.without_adapter(self.lm):
-                reference = reference_logprobs(self.logprobs, learnt)
-            return Rollouts(
-                self.logprobs.collate(learnt),
-                mx.array(reference).reshape(*places.shape, -1).sum(axis=-1),
-                *(mx.array(each[places]) for each in (reward, gate, finished)),
-                asked=len(finished) // settings.answers,
-                told={name: mx.array(float(value)) for name, value in told.items()},
-            )
+            return self._lesson(step, played, verdicts, gate) if gate.any() else None
 
         return batch_at
+
+    def _lesson(self, step: int, played: Played, verdicts: Verdicts, gate: np.ndarray) -> Rollouts | None:
+        """What a step learns of so many answers `[n]`; None where there is nothing."""
+        settings, lengths, finished = self.settings, played.lengths, played.finished
+        told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, WEIGHTS
+        if settings.conflicts != "sum":
+            gram = self.dimension_gram(played.rows, self.scale.standing(verdicts), gate, finished)
+            weights = conflicts.combine(settings.conflicts, gram, WEIGHTS, seed=[settings.seed, step])
+            weights = weights / weights.sum()  # so that doubt, length and distance cost what they did
+            told["opposed"] = (gram[np.triu_indices(len(gram), 1)] < 0).mean()
+        reward = self.scale.reward(verdicts, lengths, settings, weights).astype(np.float32)
+        told["reward"] = reward.mean()
+        places = np.arange(len(reward)).reshape(-1, settings.answers)
+        asked = len(places)
+        if settings.method == "dpo":
+            doubt = self.scale.doubt(verdicts)
+            places = best_and_worst(*(each[places] for each in (reward, doubt, gate, finished)))
+            if not len(places):
+                return None
+            told["pairs"] = len(places)
+        learnt = [row for place in places.reshape(-1) for row in played.rows[place]]
+        with lora.without_adapter(self.lm):
+            reference = reference_logprobs(self.logprobs, learnt)
+        return Rollouts(
+            self.logprobs.collate(learnt),
+            mx.array(reference).reshape(*places.shape, -1).sum(axis=-1),
+            *(mx.array(each[places]) for each in (reward, gate, finished)),
+            asked=asked,
+            told={name: mx.array(float(value)) for name, value in told.items()},
+        )
 
     def dimension_gram(
         self, rows: Sequence[list[Row]], standing: np.ndarray, gate: np.ndarray, finished: np.ndarray
@@ -332,8 +337,7 @@ class Practice:
     def head_directions(self) -> mx.array | None:
         """What the output layer may read (`rl.head_rank`), found in the base's own answers; None where it is free."""
         rank = min(self.settings.head_rank, self.settings.rank)
-        rows = [row for rows in self.first_played.rows for row in rows]
-        return strongest_directions(self.logprobs, rows, rank) if rank else None
+        return strongest_directions(self.logprobs, self.first_played.every_row, rank) if rank else None
 
     def look(self, step: int) -> Look:
         """The policy's answers to the same prompts, drawn with the same seed."""
@@ -359,7 +363,7 @@ class Practice:
         Token by token `exp(d) - 1 - d` with `d = log p_base - log p`, which is never negative and varies far less than
         `-d` (Schulman 2020, "k3"); summed over all that was answered.
         """
-        rows = [row for rows in played.rows for row in rows]
+        rows = played.every_row
         total, order = 0.0, by_prompt(rows)
         for start in range(0, len(order), 32):
             batch = self.logprobs.collate([rows[i] for i in order[start : start + 32]])
@@ -480,57 +484,3 @@ def k3(policy: mx.array, base: mx.array) -> mx.array:
     """`exp(d) - 1 - d` with `d = base - policy`, of log-probabilities `[N]` of tokens that the policy drew."""
     d = mx.minimum(base - policy, 20.0)  # a look must stay a number: beyond, the guard has long spoken
     return mx.exp(d) - 1 - d
-
-
-# --- guards ---------------------------------------------------------------------------------------------------------
-
-
-def apart(looks: Sequence[Look]) -> int:
-    """For how many looks in a row, up to the last, the reward has risen while the audit has fallen."""
-    count = 0
-    for before, after in zip(reversed(looks[:-1]), reversed(looks[1:])):
-        if not (after["reward"] > before["reward"] and after["audit"] < before["audit"]):
-            break
-        count += 1
-    return count
-
-
-def complaints(looks: Sequence[Look], limits: RlConfig) -> dict[str, str]:
-    """What speaks against the last of these looks, in words, by guard; the first look is the base's.
-
-    A policy that found out how to please its judge gives itself away: by length, by repetition, by leaving the ground
-    the judge knows, by going far, or before a second judge (Gao et al. 2022, arXiv 2210.10760).
-    """
-    first, last = looks[0], looks[-1]
-    longer = last["tokens"] / first["tokens"]
-    kept = last["distinct2"] / first["distinct2"] if first["distinct2"] else 1.0
-    found = {}
-    if not last["kl"] <= limits.max_kl:
-        found["kl"] = f"an answer is {last['kl']:.1f} nats from the base (limit {limits.max_kl:g})"
-    if longer > limits.max_length:
-        found["length"] = f"answers are {longer:.2f} times as long as the base's (limit {limits.max_length:g})"
-    if kept < limits.min_distinct2:
-        found["distinct2"] = f"only {kept:.2f} of the base's different pairs are left (limit {limits.min_distinct2:g})"
-    # The limit is meant for the policy, the share is counted in a sample: hence the standard error. Without it an
-    # untouched policy, 1 % strange by definition, would be stopped by 8 % of looks at 8 answers (0.3 % with it). At 128
-    # answers it costs little: a policy that is 10 % strange is caught by 90 % of the looks instead of 98 %.
-    if last["strange"] > limits.max_strange + (limits.max_strange * (1 - limits.max_strange) / limits.probes) ** 0.5:
-        found["strange"] = (
-            f"the reward model is unsure as never before of {last['strange']:.0%} of the answers "
-            f"(limit {limits.max_strange:.0%})"
-        )
-    if apart(looks) >= APART:
-        found["audit"] = (
-            f"for {APART} looks the reward rose (to {last['reward']:+.3f}) and the audit fell "
-            f"(to {last['audit']:+.3f}): what pleases the one judge displeases the other"
-        )
-    return found
-
-
-def story(looks: Sequence[Look], limits: RlConfig) -> list[dict[str, Any]]:
-    """Every complaint as `{"step", "guard", "why"}`, in order."""
-    return [
-        {"step": looks[end]["step"], "guard": guard, "why": why}
-        for end in range(1, len(looks))
-        for guard, why in complaints(looks[: end + 1], limits).items()
-    ]

@@ -21,12 +21,12 @@ def combine(method: Method, gram: np.ndarray, weights: np.ndarray, *, seed: Sequ
 
     Args:
         method: "sum" gives the weights back; else one of the functions below.
-        gram, weights: as in the head of this file; weights >= 0.
+        gram, weights: as in the head of this file; weights >= 0, one at least above 0.
         seed: of PCGrad's order.
     """
     squared, found = np.diag(gram), weights.astype(float)
     active = weights > 0
-    active &= squared > FAINT * np.median(squared[active], initial=0)
+    active &= squared > FAINT * np.median(squared[active])
     if method == "sum" or active.sum() < 2:
         return found
     part = gram[np.ix_(active, active)], found[active]

@@ -1,5 +1,6 @@
 """Reinforcement: the estimator against numbers worked by hand and by enumeration, resume, and guards that catch."""
 
+import dataclasses
 import itertools
 import math
 
@@ -18,6 +19,7 @@ from hominem_mlx.policy import guards, rl
 from hominem_mlx.policy.episodes import play, to_play
 from hominem_mlx.records import Label, Reward, SftPair, Turn
 from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.training import conflicts
 from hominem_mlx.training.rows import Row
 
 FAST = (
@@ -64,7 +66,7 @@ def share_of_vowels(text):
 
 
 class Torn(Planted):
-    """A judge whose dimensions want different letters."""
+    """A judge whose dimensions want different letters: what the one gets the others lack."""
 
     def __init__(self):
         super().__init__("torn", share_of_vowels)
@@ -72,8 +74,8 @@ class Torn(Planted):
     def score_many(self, pairs):
         told = []
         for (_, response), said in zip(pairs, super().score_many(pairs)):
-            shares = [4 * response.count(letter) / max(1, len(response)) - 0.5 for letter in "aeioun"]
-            vector = dict(zip(MANIFOLD.names, np.clip([*shares, -sum(shares)], -1, 1).tolist()))
+            shares = [sum(ord(letter) % 7 == k for letter in response) / max(1, len(response)) for k in range(7)]
+            vector = dict(zip(MANIFOLD.names, shares))
             told.append(said.model_copy(update={"reward_vector": vector}))
         return told
 
@@ -289,7 +291,8 @@ def test_the_gradient_of_dpo_on_a_model_is_that_of_its_pairs(tiny, tmp_path):
 
 def test_products_of_the_dimensions_steps_are_those_of_their_gradients(talker, tmp_path):
     lm = talker()
-    practice = rl.Practice(lm, load_config(overrides=[*FAST, "rl.answers=3"]).rl, None, Torn(), NOTHING, tmp_path)
+    settings = load_config(overrides=[*FAST, "rl.answers=3", "rl.max_tokens=24"]).rl
+    practice = rl.Practice(lm, settings, None, Torn(), NOTHING, tmp_path)
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
     practice.first_look([("one?",), ("two?",)])
     played = practice.play([("a?",), ("b, then?",)], 3, seed=1)
@@ -311,14 +314,19 @@ def test_products_of_the_dimensions_steps_are_those_of_their_gradients(talker, t
     assert np.abs(found - wanted).max() / np.outer(lengths, lengths).max() < 0.1
     assert np.corrcoef(found.reshape(-1), wanted.reshape(-1))[0, 1] > 0.99
 
-
-@pytest.mark.parametrize("method", ["pcgrad", "cagrad", "mgda"])
-def test_dimensions_at_odds_weigh_otherwise_and_the_step_is_theirs(registry, line, talker, method):
-    told = []
-    made = train(registry, line, talker(), f"rl.conflicts={method}", scorer=Torn(), progress=told.append)
-    plain = train(registry, line, talker(), scorer=Torn())
-    assert any(event.get("rl_opposed", 0) > 0 for event in told)
-    assert any(not np.array_equal(value, weights(plain)[name]) for name, value in weights(made).items())
+    # and a step goes by them: the value is weighed anew, what doubt and length cost stays
+    played = dataclasses.replace(played, finished=np.ones(6, bool))
+    for method in ("sum", "pcgrad", "cagrad", "mgda"):
+        practice.settings = settings.model_copy(update={"conflicts": method})
+        given = practice._lesson(5, played, verdicts, gate)
+        share = conflicts.combine(
+            method, practice.dimension_gram(played.rows, standing, gate, played.finished), rl.WEIGHTS, seed=[0, 5]
+        )
+        plain = practice.scale.reward(verdicts, played.lengths, settings)
+        wanted = plain + standing @ (share / share.sum() - rl.WEIGHTS)
+        assert np.array(given.reward).reshape(-1) == pytest.approx(wanted, abs=1e-5)
+        assert (np.abs(wanted - plain).max() > 0.01) == (method != "sum")
+        assert method == "sum" or 0 < given.told["opposed"].item() < 1
 
 
 def test_conflicts_among_dimensions_want_rloo():
@@ -368,12 +376,11 @@ def test_divergence_of_the_base_from_itself_is_nothing_and_grows(tiny, tmp_path)
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["rloo", "dpo"])
-def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, talker, method):
+def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, talker):
     lm = talker()
     digest = lm.fingerprint()
     values = ("rl.steps=8", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.eval_every=4", "rl.probes=48")
-    made = train(registry, line, lm, *values, f"rl.method={method}", "rl.learning_rate=0.02", "rl.max_length=2")
+    made = train(registry, line, lm, *values, "rl.learning_rate=0.02", "rl.max_length=2")
     assert lm.fingerprint() == digest and not lora.adapter_parameters(lm.model)
     told = made.metadata["metrics"]
     last = told["training"]["evaluations"][-1]
@@ -382,6 +389,14 @@ def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, t
     assert told["guards"] == [] and told["kept_step"] == 8
     assert made.metadata["parents"] == [artifact.ref for artifact in line]
     assert not list((registry.home / "runs").iterdir())
+
+
+def test_by_pairs_of_the_best_and_the_worst_too(registry, line, talker):
+    short = Planted("short", lambda text: 0.5 - len(text) / 40)
+    values = (*LOOSE, "rl.method=dpo", "rl.steps=4", "rl.learning_rate=0.02", "rl.probes=24")
+    told = train(registry, line, talker(), *values, scorer=short).metadata["metrics"]
+    last = told["training"]["evaluations"][-1]
+    assert last["reward"] > told["before"]["reward"] + 0.1 and last["kl"] > 0 and 0 < last["rl_pairs"] <= 4
 
 
 class Killed(Exception):
@@ -403,16 +418,10 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, li
         assert train(registry, line, talker(), more, scorer=Torn()).ref == straight.ref, "a hash of its weights"
 
 
-@pytest.mark.parametrize(
-    ("method", "judge"),
-    [
-        ("rloo", Planted("unsafe", share_of_vowels, safety=-1.0)),
-        ("dpo", Planted("unsafe", share_of_vowels, safety=-1.0)),
-        ("dpo", Planted("unsure", share_of_vowels, doubt=9.0)),
-    ],
-)
-def test_what_is_unsafe_or_cannot_be_told_apart_teaches_nothing(registry, line, talker, method, judge):
-    made = train(registry, line, talker(), f"rl.method={method}", "rl.max_tokens=150", scorer=judge)
+@pytest.mark.parametrize("method", ["rloo", "dpo"])
+def test_what_is_unsafe_is_never_reinforced(registry, line, talker, method):
+    unsafe = Planted("unsafe", share_of_vowels, safety=-1.0)
+    made = train(registry, line, talker(), f"rl.method={method}", scorer=unsafe)
     assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
     assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
 
@@ -477,12 +486,12 @@ def test_every_turns_tokens_get_the_conversations_advantage(talker, tmp_path):
     advantage = [0.6, -0.6, -0.8, 0.8]
     for name in found:
         wanted = -sum(advantage[place // 2] * np.array(each[name]) for place, each in enumerate(apart)) / 4
-        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-3 * max(1e-3, np.abs(wanted).max()))
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-3 * max(1e-3, float(np.abs(wanted).max())))
 
 
 def test_a_reward_at_the_end_for_what_was_said_first_is_learnt(registry, line, talker):
-    first = Planted("first", lambda text: share_of_vowels(text.split("\n\n")[0]))
-    values = (*LOOSE, "rl.turns=2", "rl.steps=8", "rl.eval_every=4", "rl.learning_rate=0.02", "rl.max_length=3")
+    first = Planted("first", lambda text: 0.5 - len(text.split("\n\n")[0]) / 20)
+    values = (*LOOSE, "rl.turns=2", "rl.steps=6", "rl.eval_every=3", "rl.learning_rate=0.02", "rl.probes=24")
     made = train(registry, line, talker(), *values, scorer=first)
     told = made.metadata["metrics"]
     last = told["training"]["evaluations"][-1]

@@ -110,7 +110,7 @@ def to_play(labels: Artifact, turns: int) -> tuple[list[Talk], list[Talk]]:
         raise InputError(
             f"{labels.ref} has no training prompt to answer; label some replies, then `hominem data split`"
         )
-    learnt, looked_at = ([(prompt,) for prompt in part] for part in parts)
+    learnt, looked_at = ([Talk([prompt]) for prompt in part] for part in parts)
     return learnt, looked_at or learnt
 
 

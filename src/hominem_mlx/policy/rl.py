@@ -279,7 +279,9 @@ class Practice:
         return Rollouts(
             self.logprobs.collate(learnt),
             mx.array(reference).reshape(*places.shape, -1).sum(axis=-1),
-            *(mx.array(each[places]) for each in (reward, gate, finished)),
+            mx.array(reward[places]),
+            mx.array(gate[places]),
+            mx.array(finished[places]),
             asked=asked,
             told={name: mx.array(float(value)) for name, value in told.items()},
         )

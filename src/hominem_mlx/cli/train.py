@@ -171,7 +171,10 @@ def full(session: Session) -> None:
 @train.command()
 @shares()
 def rl(session: Session) -> None:
-    """Train an adapter by reinforcement: it answers training prompts, the reward model judges (RLOO).
+    """Train an adapter by reinforcement: it answers training prompts, the reward model judges.
+
+    It learns from all answers (RLOO) or, with rl.method=dpo, from the best and the worst to each prompt; with rl.turns
+    above 1 from whole conversations. rl.conflicts settles what dimensions count that pull against each other.
 
     Guards stop a run that learns to please its judge alone, and keep the last good state; an audit judge fitted on
     validation labels watches. Not used until it was judged: hominem evaluate policy, then hominem artifacts use.

@@ -148,9 +148,8 @@ def drift(
     Returns: `KL(policy || base)` in nats, exact over the whole vocabulary, summed over each answer's tokens `[N]`, and
         the number of these tokens `[N]`.
     """
-    end = lm.end_of_turn
     rows = [
-        Row(lm.prompt_tokens(prompt, system=config.student.system), [*answer.tokens, *([end] * answer.finished)])
+        Row(lm.prompt_tokens(prompt, system=config.student.system), lm.answer_tokens(answer))
         for prompt, answer in zip(prompts, said, strict=True)
     ]
     logprobs = LogProbs(lm)

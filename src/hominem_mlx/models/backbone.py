@@ -126,6 +126,10 @@ class LanguageModel:
         ]
         return self.tokenizer.apply_chat_template(said, enable_thinking=False, **how)
 
+    def answer_tokens(self, answer: sampling.Answer) -> list[int]:
+        """An answer of its own as it was drawn, and the token that ended it where it came to an end."""
+        return [*answer.tokens, *[self.end_of_turn] * answer.finished]
+
     # --- tokens to numbers -----------------------------------------------------------------------------------------
 
     def hidden_states(self, tokens: mx.array, layers: Sequence[int]) -> list[mx.array]:

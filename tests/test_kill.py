@@ -25,7 +25,7 @@ from hominem_mlx.files import read_jsonl, sha256_bytes, write_jsonl
 from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair, Trajectory
 from hominem_mlx.storage.registry import KINDS, Registry
 
-KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 4, "full": 4, "gc": 9, "demo": 7}
+KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 2, "full": 2, "gc": 9, "demo": 7}
 PAUSE_SECONDS = 0.03  # of the teacher before each answer
 REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=2")
 PAIRS = ("pairs.max_per_prompt=2", "pairs.on_policy=1", "pairs.on_policy_max_tokens=4")

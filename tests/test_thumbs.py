@@ -133,6 +133,10 @@ def test_thumbs_are_a_part_of_the_preference_channel(registry, dataset, tiny):
         ("preference", 0.6, ""),
         ("thumb", 0.3, "preference"),
     ]
+    few = built.channels(PAIRS, MEMORIES, thumbs=THUMBS[:1])  # one thumb counts like one of three pairs
+    assert few[-1].weight == pytest.approx(0.6 * 0.5 / 3)
+    alone = built.channels([], MEMORIES, thumbs=THUMBS)
+    assert [(each.name, each.weight, each.follows) for each in alone][1:] == [("preference", 0.3, "")]
 
 
 def test_without_thumbs_or_at_weight_zero_every_bit_is_as_before(registry, dataset, tiny):

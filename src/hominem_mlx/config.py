@@ -148,8 +148,8 @@ class DualConfig(Section):
     preference_weight: Share = 0.6
     """w_p; 0 leaves the preference channel out."""
     thumb_weight: NonNegative = 1.0
-    """What single thumbs (KTO) weigh against the pairs, as part of their channel. The pull of a thumb is a quarter of a
-    pair's at most."""
+    """What a single thumb (KTO) weighs against a pair, as part of their channel; all thumbs together weigh at most this
+    against all pairs. 0 leaves them out."""
     anchor_weight: NonNegative = 0.0
     """How strongly memories must leave the final hidden states of other replies where they are: those of the pairs, and
     the student's own answers to their prompts (made with pairs.on_policy)."""

@@ -193,8 +193,11 @@ class Material:
         weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
         if settings.ideal_memories or settings.ideal_pairs:
             weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
-        thumb_weight = settings.thumb_weight * (weights[1] or settings.preference_weight) * bool(judged)
-        weights[1] = weights[1] or thumb_weight  # without pairs thumbs are the preference channel
+        thumb_weight = settings.thumb_weight * bool(judged)
+        if weights[1]:  # few thumbs have their turn often: one counts like a pair, and all no more than all pairs
+            thumb_weight *= weights[1] * min(1.0, len(judged) / learnt[1])
+        else:  # without pairs thumbs are the preference channel
+            weights[1] = thumb_weight = settings.preference_weight * thumb_weight
         if sum(weights) == 0:
             raise TrainingError(
                 "there is nothing to learn from: no memory, no preference pair and no thumb is left "

@@ -224,7 +224,7 @@ def test_reward_training_arrives_after_kills(filled, crew, tiny_folder):
     survives(crew, filled, lambda home: (*words, "--home", home), KILLS["reward"])
 
 
-@loads("cli.train", "policy.dual")
+@loads("cli.train", "policy.dual", "evaluation.looks", "reward.train")
 def test_dual_training_arrives_after_kills(filled, crew, tiny_folder):
     here("data", "split", "--home", filled)
     here("data", "pair", "--home", filled, PAIRS[0])

@@ -312,7 +312,7 @@ class RlConfig(Section):
     conflicts: Literal["sum", "pcgrad", "cagrad", "mgda"] = "sum"
     """Dimensions that pull against each other, with `rloo`: `sum` adds them up by their weights; `pcgrad` takes out of
     each what points against another; `cagrad` helps the one that gains least, near the sum; `mgda` lets none fall. All
-    but `sum` cost a second backward pass."""
+    but `sum` want each answer's gradient by itself too, which about doubles a step."""
     uncertainty_weight: NonNegative = 1.0
     """What a standard deviation of doubt in the reward costs."""
     length_weight: NonNegative = 0.5

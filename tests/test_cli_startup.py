@@ -59,21 +59,26 @@ def test_completion_imports_nothing_heavy_and_knows(line, expected):
 
 
 def processor_time(*words, **options) -> float:
-    """Seconds of one run, the least of 7: noise only adds."""
-    spent = []
-    for _ in range(7):
-        before = os.times()
-        assert run(*words, **options).returncode == 0
-        after = os.times()
-        spent.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return min(spent)
+    """Seconds of one run."""
+    before = os.times()
+    assert run(*words, **options).returncode == 0
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def test_help_and_completion_take_no_more_than_a_sixth_of_a_second():
-    """Processor time, since machines are busy (A7 in the README is wall-clock); a slow one gets three times click's."""
-    bound = max(0.15, 3 * processor_time(code="import click"))
-    assert processor_time("--help") <= bound
-    assert processor_time(env=completion("hominem data spl")) <= bound
+    """Processor time, since machines are busy (A7 in the README is wall-clock); a slow one gets three times click's.
+
+    One of each in turn, since a machine's speed drifts, and of each the least of 7, since noise only adds.
+    """
+    runs = (
+        lambda: processor_time(code="import click"),
+        lambda: processor_time("--help"),
+        lambda: processor_time(env=completion("hominem data spl")),
+    )
+    click, shown, completed = (min(column) for column in zip(*[[one() for one in runs] for _ in range(7)], strict=True))
+    tick = 1 / os.sysconf("SC_CLK_TCK")  # the clock's own grain
+    assert max(shown, completed) <= max(0.15, 3 * click) + tick
 
 
 def test_every_one_line_help_is_that_of_the_command():

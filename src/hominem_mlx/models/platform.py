@@ -17,7 +17,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-MOST = 8  # in more blocks than this too few rows are left
+MOST = 8  # lanes; among more of them too few rows are left for each
 PIECE = 128  # queries of a causal text at a time: half of a long text's scores would be masked
 
 

@@ -75,15 +75,37 @@ class Pair:
         return (self.prompt, self.chosen), (self.prompt, self.rejected)
 
 
-def make_pairs(vocab: int, prompt: int, reply: int, count: int) -> list[Pair]:
-    """Pairs of random tokens; lengths are log-normal around `prompt` and `reply`, with a sigma of 0.3."""
+def make_pairs(vocab: int, prompt: int, reply: int, count: int, *, prompt_sigma: float = 0.3) -> list[Pair]:
+    """Pairs of random tokens; lengths are log-normal around `prompt` and `reply`, with a sigma of 0.3 for replies."""
     rng = np.random.default_rng([prompt, reply, count])
 
-    def text(median: int, first: int) -> list[int]:
-        length = max(2, round(median * np.exp(0.3 * rng.standard_normal())))
+    def text(median: int, first: int, sigma: float = 0.3) -> list[int]:
+        length = max(2, round(median * np.exp(sigma * rng.standard_normal())))
         return [first, *rng.integers(4, vocab, length - 1).tolist()]
 
-    return [Pair(text(prompt, 3), text(reply, 1), text(reply, 2)) for _ in range(count)]
+    return [Pair(text(prompt, 3, prompt_sigma), text(reply, 1), text(reply, 2)) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape, the median lengths of prompts and replies, and how many pairs."""
+
+    shape: str
+    prompt: int
+    reply: int
+    pairs: int
+    prompt_sigma: float = 0.3
+
+    @property
+    def texts(self) -> list[Pair]:
+        """The pairs, in tokens: the same in every process."""
+        vocab = SHAPES[self.shape].vocab
+        return make_pairs(vocab, self.prompt, self.reply, self.pairs, prompt_sigma=self.prompt_sigma)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shape} {self.prompt}/{self.reply}, {self.pairs} pairs{'' if self.prompt_sigma else ', one prompt'}"
+        )
 
 
 def real_tokens(pairs: Sequence[Pair]) -> int:

@@ -10,25 +10,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench_models import Case
+
 HERE = Path(__file__).parent
 PATIENCE = 600  # seconds a step may take, compiling included
 STEPS = {"T": 5}  # a round takes so many steps on a small shape, one on others
 SLOW = (
     60  # seconds; a path whose warm-up takes longer takes part in the first round only, or a run would not end in time
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """A shape, the median lengths of prompts and replies, and how many pairs."""
-
-    shape: str
-    prompt: int
-    reply: int
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.shape} {self.prompt}/{self.reply}, {self.pairs} pairs"
 
 
 class CannotRun(Exception):

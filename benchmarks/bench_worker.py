@@ -63,9 +63,8 @@ def build(spec: dict):
         take_openblas()
     import bench_models
 
-    shape = bench_models.SHAPES[spec["shape"]]
-    pairs = bench_models.make_pairs(shape.vocab, spec["prompt"], spec["reply"], spec["pairs"])
-    return getattr(importlib.import_module(module), name)(shape, pairs, **arguments)
+    case = bench_models.Case(**{key: value for key, value in spec.items() if key != "path"})
+    return getattr(importlib.import_module(module), name)(bench_models.SHAPES[case.shape], case.texts, **arguments)
 
 
 def serve(spec: dict, say) -> None:

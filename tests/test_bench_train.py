@@ -24,7 +24,7 @@ import bench_profile
 import bench_runs
 import bench_train
 import bench_worker
-from bench_runs import Case
+from bench_models import Case
 
 SMALL = Case("T", 24, 8, 3)
 TINY = bench_models.SHAPES["T"]

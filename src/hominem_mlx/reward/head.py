@@ -111,7 +111,7 @@ def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties:
     """Target minus prediction of each row when its fold is left out, `[P, N, O]`; NaN where a label is missing."""
     errors = np.full((len(penalties), *targets.shape), np.nan)
     for outputs, there in by_mask(targets):
-        errors[np.ix_(range(len(penalties)), there, outputs)] = ridge.left_out_errors(
+        errors[np.ix_(np.arange(len(penalties)), there, outputs)] = ridge.left_out_errors(
             there, targets[:, outputs], fold, penalties
         )
     return errors

@@ -20,7 +20,7 @@ class Ridge:
     def __init__(self, z: np.ndarray):
         self.is_dual = z.shape[0] < z.shape[1]
         self.z = z if self.is_dual else np.asarray(z, np.float64)
-        self.gram = np.asarray(z @ z.T, np.float64) if self.is_dual else None
+        self.gram = np.asarray(z @ z.T if self.is_dual else (), np.float64)
 
     def solve(self, rows: np.ndarray, targets: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[F, O]` and intercepts `[O]` from `rows` (repeats allowed).
@@ -138,7 +138,7 @@ class Ridge:
     def _equations(self, rows: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mean of what coefficients multiply, matrix of the normal equations, and their right side."""
         off = y - y.mean(axis=0)
-        if self.gram is not None:
+        if self.is_dual:
             return self.gram[np.ix_(rows, rows)].mean(axis=0), self._centred_gram(rows), off
         z = self.z[rows]
         mean = z.mean(axis=0)

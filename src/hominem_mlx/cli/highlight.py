@@ -12,6 +12,7 @@ TOLD = 5  # words listed on each side
 STYLE = (
     "body{font:16px/1.7 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h2{font-size:1rem;margin:2rem 0 .3rem}.reply{white-space:pre-wrap}.reply span{border-radius:.2em}"
+    "td,th{text-align:left;padding:.1rem .8rem .1rem 0;font-weight:normal}th{color:#666}"
     ".note{color:#666;font-size:.85rem}"
 )
 
@@ -30,7 +31,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
             told = ", ".join(f"{word or '(end)'} {value:+.3f}" for word, value in side)
             console.say(f"{name}: {told or 'nothing'}")
     if found["left_out"]:
-        names = [one["output"] for one in found["outputs"]]
+        names = list(found["left_out"][0]["lost"])
         console.say()
         rows = [[unit["text"], *(unit["lost"][name] for name in names)] for unit in found["left_out"]]
         console.table(["left out", *(f"{name} lost" for name in names)], rows)
@@ -48,6 +49,14 @@ def page(found: dict[str, Any]) -> str:
             for word, value in words
         )
         parts.append(f'<h2>{html.escape(_headline(one))}</h2><p class="reply">{spans}</p>')
+    if found["left_out"]:
+        names = list(found["left_out"][0]["lost"])
+        head = "".join(f"<th>{html.escape(name)} lost" for name in names)
+        rows = "".join(
+            f"<tr><td>{html.escape(unit['text'])}" + "".join(f"<td>{unit['lost'][name]:+.3f}" for name in names)
+            for unit in found["left_out"]
+        )
+        parts.append(f"<h2>What is lost without it</h2><table><tr><th>left out{head}{rows}</table>")
     note = "Blue words raise the value, orange ones lower it; point at a word for its number."
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Why this score</title><style>{STYLE}</style>'

@@ -197,8 +197,15 @@ def agreement(attribution: Attribution, left_out: Sequence[dict[str, Any]]) -> f
 def report(
     model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS
 ) -> dict[str, Any]:
-    """All three views of one reply, in JSON's own types."""
+    """All three views of one reply, in JSON's own types; of the n-gram baseline, which has no gradient, `left_out` alone.
+
+    Raises: InputError as `explain` does.
+    """
+    for output in outputs:
+        _pick(model, output)
     left = leave_out(model, prompt, response, outputs)
+    if not isinstance(model.features, Backbone):
+        return {"prompt": prompt, "response": response, "outputs": [], "left_out": left}
     where = places(model, prompt, response, outputs)
     return {
         "prompt": prompt,

@@ -197,7 +197,7 @@ def agreement(attribution: Attribution, left_out: Sequence[dict[str, Any]]) -> f
 def report(
     model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS
 ) -> dict[str, Any]:
-    """All three views of one reply, in JSON's own types; of the n-gram baseline, which has no gradient, `left_out` alone.
+    """All three views of one reply, in JSON's own types; of n-grams, which have no gradient, `left_out` alone.
 
     Raises: InputError as `explain` does.
     """

@@ -7,19 +7,20 @@ logits come beside it, or in the block that is being computed. Blocks in all lan
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from hominem_mlx.models import lora
 from hominem_mlx.models.platform import causal_scores, lanes
-from hominem_mlx.training.footprint import FLOAT, GB, configuration
+from hominem_mlx.training.footprint import FLOAT, GB
 from hominem_mlx.training.logprobs import LogProbs, chunk
 from hominem_mlx.training.rows import Row, Rows
 
-# Found by measuring random models, see `tests/test_budget.py`.
-KEPT = 1.25  # numbers a block keeps for its gradient, as a share of those its linear layers read and make
-IN_HAND = 2.0  # what is there beside that while a block is computed, as a share of the same
+# Found by measuring random models of 3 to 10 blocks, see `tests/test_budget.py`.
+KEPT = 1.15  # numbers a block keeps for its gradient, as a share of those its linear layers read and make
+IN_HAND = 1.75  # what is there beside that while blocks are computed, as a share of the same: MLX runs ahead
 PER_LOGIT = 4  # logits, their exponentials, and the gradients of both
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LOOKED_AT = 4  # batches of most tokens, of most response tokens, of the longest rows: so many are cut into blocks
@@ -139,21 +140,21 @@ class Costs:
     """
 
     def __init__(self, logprobs: LogProbs, shape: lora.Shape, keys: Sequence[str], *, gradients: int):
-        lm, config = logprobs.lm, configuration(logprobs.lm)
+        lm, sizes = logprobs.lm, _sizes(logprobs.lm.model)
         self.logprobs, self.layers, self.gradients = logprobs, lm.num_layers, gradients
         self.weights = sum(value.nbytes for _, value in tree_flatten(lm.model.parameters()))
         self.adapter = FLOAT * lora.size(lm, shape, keys)
         self.taught = lora.num_blocks(lm, shape)
         with lora.without_adapter(lm):
-            experts = config.get("num_experts_per_tok", 1)
+            experts = sizes.get("num_experts_per_tok") or 1
             blocks = [list(_linear_layers(block, experts)) for block in lm.model.layers]
             vectors = [value for _, value in tree_flatten(lm.model.parameters()) if value.ndim == 1]
             words = next(layer for _, layer in lm.model.named_modules() if isinstance(layer, EMBEDDINGS))
             self.vocabulary, self.width = lora.dimensions(words)
         self.number = vectors[0].dtype.size if vectors else FLOAT  # bytes
-        self.heads = config.get("num_attention_heads", 32)
-        self.head_size = config.get("head_dim") or self.width // self.heads
-        self.kv_heads = config.get("num_key_value_heads", self.heads)
+        self.heads = sizes.get("num_attention_heads") or sizes.get("n_head", 32)
+        self.head_size = sizes.get("head_dim") or self.width // self.heads
+        self.kv_heads = sizes.get("num_key_value_heads") or self.heads
         read, made, matrices = (max(sum(layer[i] for layer in block) for block in blocks) for i in range(3))
         self.through = read + made
         self.of_learning = 0  # bytes a token and block that only an adapter keeps
@@ -179,9 +180,11 @@ class Costs:
         top = kept * block + again * inputs + 3 * FLOAT * self.width * sum(load.predicted)
         in_hand = self._in_hand(load)
         logits = self._logits(load, picks, frozen=teaches == "linear") if words else 0
-        moments = [(top, logits), (top + in_hand, 0)]
+        moments = [(top, logits), (top + IN_HAND * in_hand, 0)]
         if again and teaches != "head":
-            moments.append((again * inputs + block + in_hand, 0))
+            moments.append((again * inputs + block + IN_HAND * in_hand, 0))
+        if again and kept:  # the first block that is computed again, while the one above it is not all let go
+            moments.append((again * inputs + 2 * block + in_hand, 0))
         activations, logits = map(int, max(moments, key=sum))
         copies = max((self.gradients + 5) * self.adapter, (self.gradients + 8) * self.adapter - activations - logits)
         return Estimate(self.weights, copies, activations, logits)
@@ -191,14 +194,14 @@ class Costs:
         shared = self.number * 2 * self.head_size * self.kv_heads * self.layers * load.remembered
         logits = self._logits(load, picks, frozen=True)
         top = shared + 3 * FLOAT * self.width * sum(load.predicted)
-        activations, logits = map(int, max((top + self._in_hand(load), 0), (top, logits), key=sum))
+        activations, logits = map(int, max((top + IN_HAND * self._in_hand(load), 0), (top, logits), key=sum))
         return Estimate(self.weights, 3 * self.adapter, activations, logits)  # its gradient is not there
 
     def _attention(self, load: Load) -> float:
         return self.number * (self.heads * load.scores + 2 * self.head_size * self.kv_heads * load.joined)
 
     def _in_hand(self, load: Load) -> float:
-        return IN_HAND * (self.number * self.through * load.tokens + self._attention(load)) + self.of_dora
+        return self.number * self.through * load.tokens + self._attention(load) + self.of_dora
 
     def _logits(self, load: Load, picks: Picks, *, frozen: bool) -> float:
         """Bytes; `frozen` says whether the output layer is."""
@@ -209,6 +212,12 @@ class Costs:
             return a_token * sum(load.predicted)
         at_once = chunk(picks.logits_bytes, self.vocabulary)
         return a_token * sum(min(tokens, at_once) for tokens in load.predicted)
+
+
+def _sizes(model: nn.Module) -> dict[str, Any]:
+    """What the model was built from; of a model with eyes its part for text."""
+    sizes = dict(vars(model.args)) if "args" in vars(model) else {}
+    return sizes | dict(sizes.get("text_config") or {})
 
 
 def _linear_layers(block: nn.Module, experts: int) -> Iterator[tuple[int, int, int]]:

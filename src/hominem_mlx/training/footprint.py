@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -55,19 +54,14 @@ def need(lm: LanguageModel, rows: Sequence[Row], *, batch: int) -> Need:
     return Need(weights, 2 * weights, 2 * weights, _activations(lm, rows, batch))
 
 
-def configuration(lm: LanguageModel) -> dict[str, Any]:
-    """The sizes that the model's config.json names; of a model with eyes those of its part for text."""
-    config = read_json(lm.folder / "config.json")
-    return {**config, **config.get("text_config", {})}
-
-
 def num_weights(lm: LanguageModel) -> int:
     """Weights of the model, each once."""
     return sum(value.size for _, value in tree_flatten(lm.model.parameters()))
 
 
 def _activations(lm: LanguageModel, rows: Sequence[Row], batch: int) -> int:
-    config = configuration(lm)
+    config = read_json(lm.folder / "config.json")
+    config = {**config, **config.get("text_config", {})}
     tokens = max(row.num_tokens for row in rows)
     predicted = max(len(row.response) for row in rows)
     through = 0  # numbers a token that matrix products read and make

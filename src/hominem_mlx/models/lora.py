@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hominem_mlx.models.backbone import LanguageModel
 
 LEAVES = ("lora_a", "lora_b", "m")  # the parameter names that belong to an adapter
+EMBEDDING = "model.embed_tokens"  # the output layer too, where the two share their weights
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
@@ -136,7 +137,7 @@ def targets(lm: "LanguageModel", *, linear: bool, head: bool) -> list[str]:
     with without_adapter(lm):  # on it, a linear layer is no longer where the base has it
         blocks = [block.named_modules() for block in lm.model.layers]
         inside = {name for block in blocks for name, layer in block if isinstance(layer, kinds)}
-    output = "lm_head" if "lm_head" in lm.model else "model.embed_tokens"
+    output = "lm_head" if "lm_head" in lm.model else EMBEDDING
     return sorted(inside) * linear + [output] * head
 
 

@@ -21,6 +21,7 @@ from hominem_mlx.training.rows import Row, Rows
 # Found by measuring random models of 3 to 10 blocks, see `tests/test_budget.py`.
 KEPT = 1.15  # numbers a block keeps for its gradient, as a share of those its linear layers read and make
 IN_HAND = 1.75  # what is there beside that while blocks are computed, as a share of the same: MLX runs ahead
+READING = 1.45  # the same without a gradient
 PER_LOGIT = 4  # logits, their exponentials, and the gradients of both
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 LOOKED_AT = 4  # batches of most tokens, of most response tokens, of the longest rows: so many are cut into blocks
@@ -145,6 +146,7 @@ class Costs:
         self.weights = sum(value.nbytes for _, value in tree_flatten(lm.model.parameters()))
         self.adapter = FLOAT * lora.size(lm, shape, keys)
         self.taught = lora.num_blocks(lm, shape)
+        self.head_is_input = lora.EMBEDDING in keys  # then what teaches the output layer goes through all blocks
         with lora.without_adapter(lm):
             experts = sizes.get("num_experts_per_tok") or 1
             blocks = [list(_linear_layers(block, experts)) for block in lm.model.layers]
@@ -176,12 +178,13 @@ class Costs:
         """
         again, inputs = picks.checkpoints, self.number * self.width * load.tokens
         block = KEPT * self.number * self.through * load.tokens + self._attention(load) + self.of_learning * load.tokens
-        kept = min(self.layers - again, self.taught) if teaches != "head" else 0
+        through = self.layers if self.head_is_input and teaches != "linear" else self.taught * (teaches != "head")
+        kept = min(self.layers - again, through)
         top = kept * block + again * inputs + 3 * FLOAT * self.width * sum(load.predicted)
         in_hand = self._in_hand(load)
         logits = self._logits(load, picks, frozen=teaches == "linear") if words else 0
         moments = [(top, logits), (top + IN_HAND * in_hand, 0)]
-        if again and teaches != "head":
+        if again and through:
             moments.append((again * inputs + block + IN_HAND * in_hand, 0))
         if again and kept:  # the first block that is computed again, while the one above it is not all let go
             moments.append((again * inputs + 2 * block + in_hand, 0))
@@ -193,8 +196,9 @@ class Costs:
         """The fullest moment of a pass without a gradient."""
         shared = self.number * 2 * self.head_size * self.kv_heads * self.layers * load.remembered
         logits = self._logits(load, picks, frozen=True)
-        top = shared + 3 * FLOAT * self.width * sum(load.predicted)
-        activations, logits = map(int, max((top + IN_HAND * self._in_hand(load), 0), (top, logits), key=sum))
+        hidden, in_hand = 3 * FLOAT * self.width * sum(load.predicted), self._in_hand(load)
+        moments = [(hidden + max(READING * in_hand, shared + in_hand), 0), (hidden + shared, logits)]
+        activations, logits = map(int, max(moments, key=sum))
         return Estimate(self.weights, 3 * self.adapter, activations, logits)  # its gradient is not there
 
     def _attention(self, load: Load) -> float:

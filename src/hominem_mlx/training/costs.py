@@ -123,10 +123,10 @@ def heaviest(logprobs: LogProbs, batches: Iterable[Sequence[Row]], *, spread: bo
         read = sum(map(len, {prompts[id(row)] for row in rows}))
         replies = sum(len(row.response) for row in rows)
         flat = len(rows) * max(row.num_tokens for row in rows)
-        weighed.append((read + replies, replies, flat, rows))
+        weighed.append(((read + replies, replies, flat), rows))
     picked = {}
     for kind in range(3):
-        for *_, rows in sorted(weighed, key=lambda one: -one[kind])[:LOOKED_AT]:
+        for _, rows in sorted(weighed, key=lambda one: -one[0][kind])[:LOOKED_AT]:
             picked[id(rows)] = rows
     return [load(logprobs.collate(rows, spread=spread)) for rows in picked.values()]
 

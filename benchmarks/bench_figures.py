@@ -11,12 +11,13 @@ from hominem_mlx.evaluation.goals import figure
 
 B, B_LONG, A, A_LONG = Case("B", 200, 60, 4), Case("B", 1000, 60, 2), Case("A", 200, 60, 4), Case("A", 1000, 60, 2)
 T, T_LONG = Case("T", 200, 60, 4), Case("T", 1000, 60, 2)
+CANDIDATE_PATHS = ("together", "one-by-one")
 CANDIDATES = {"B7": B, "B7_32": Case("B", 200, 60, 16), "B7_long": Case("B", 1000, 60, 4)}
 LIMITS = {"B7": 3.1, "B7_32": 3.9, "B7_long": 5.7}  # by counting tokens
 EQUALITY, PROFILE, GPU = Case("T", 40, 12, 3), B, Case("Q", 200, 60, 4)
 
 OURS, CACHE = ("ours", "ours-plain"), "mlx-tune-cache"
-ALONE = ("equality", "profile", "gemm-share")  # called once, and nothing else runs beside them
+ALONE = ("equality", "gemm", "profile", "gemm-share")  # called once, and nothing else runs beside them
 BLENDED, DPO = (*OURS, "ours-flat", "ours-checkpointed"), ("mlx-lm-lora", "mlx-tune", CACHE)
 SFT = ("ours-sft", "ours-sft-plain", "mlx-lm")
 LOSS = dict.fromkeys(BLENDED, ("dpo", "sft")) | dict.fromkeys(DPO, ("dpo",)) | dict.fromkeys(SFT, ("sft_tokens",))
@@ -32,11 +33,22 @@ def needs(only: Sequence[str]) -> dict[Case, list[str]]:
         "B4": {A: ["ours", "mlx-lm-lora"], B: ["ours-checkpointed", "ours-flat", "mlx-lm-lora"]},
         "B5": {B: ["ours", "mlx-lm-lora"]},
         "B6": {B: ["ours-sft", "ours-sft-plain", "mlx-lm"]},
-        "B7": {case: ["together", "one-by-one"] for case in CANDIDATES.values()},
-        "B8": {PROFILE: ["profile"], GPU: ["gemm-share"]},
+        "B7": {case: list(CANDIDATE_PATHS) for case in CANDIDATES.values()},
+        "B8": {EQUALITY: ["gemm"], PROFILE: ["profile"], GPU: ["gemm-share"]},
     }
     found: dict[Case, list[str]] = {}
-    for case in (EQUALITY, B, A, B_LONG, *CANDIDATES.values(), T, T_LONG, A_LONG, PROFILE, GPU):
+    for case in (
+        EQUALITY,
+        B,
+        *CANDIDATES.values(),
+        PROFILE,
+        GPU,
+        T,
+        T_LONG,
+        A_LONG,
+        B_LONG,
+        A,
+    ):  # neighbours' slowest last
         paths = [path for name in only for path in wanted[name].get(case, ())]
         if paths:
             found[case] = list(dict.fromkeys(paths))
@@ -97,7 +109,24 @@ class Results:
             row |= {"loss": found.given, "naive_loss": naive, "loss_difference": found.given - naive}
             if path not in SFT:
                 row["tokens_per_second"] = tokens / found.median
+        if rate := self.told.get((EQUALITY, "gemm")):
+            row["gemm_share"] = needed_flops(case, path) / found.median / rate
         return row
+
+
+def needed_flops(case: Case, path: str) -> float:
+    """Operations of matrix products that nobody can do without: each prompt once, logits for replies only.
+
+    A frozen base costs 2 a weight and token forward, and 2 more for a gradient; what adapters add is left out.
+    """
+    shape = SHAPES[case.shape]
+    pairs = make_pairs(shape.vocab, case.prompt, case.reply, case.pairs)
+    prompts, replies = sum(len(pair.prompt) for pair in pairs), [len(reply) for p in pairs for _, reply in p.sides]
+    if path in CANDIDATE_PATHS:
+        return 2 * shape.body * (len(pairs[0].prompt) + sum(replies)) + 2 * shape.head * sum(replies)
+    if path in SFT:
+        replies = replies[::2]
+    return 4 * shape.body * (prompts + sum(replies)) + 4 * shape.head * sum(replies)
 
 
 def faster(results: Results, name: str, cases: Sequence[Case], path: str, than: str, how: str) -> dict[str, Any]:
@@ -107,7 +136,7 @@ def faster(results: Results, name: str, cases: Sequence[Case], path: str, than: 
         if reason := results.missing(case, (path, than)):
             return figure(name, None, n=0, how=reason)
         ours, theirs = results.measured[case, path].seconds, results.measured[case, than].seconds
-        ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+        ratios = [their / our for our, their in zip(ours, theirs)]  # who is slow has fewer rounds
         found.append((statistics.median(ratios), ratios, case))
     value, ratios, _ = min(found, key=lambda one: one[0])
     each = ", ".join(f"{case}: {ratio:.2f}" for ratio, _, case in found)

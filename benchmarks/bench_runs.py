@@ -13,6 +13,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PATIENCE = 600  # seconds a step may take, compiling included
 STEPS = {"T": 5}  # a round takes so many steps on a small shape, one on others
+SLOW = (
+    60  # seconds; a path whose warm-up takes longer takes part in the first round only, or a run would not end in time
+)
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,14 @@ class Measured:
 def side_by_side(paths: Sequence[str], case: Case, rounds: int) -> tuple[dict[str, Measured], dict[str, str]]:
     """A warm-up and some rounds of every path, one step each in turn; every other round goes backwards.
 
+    A path that is `SLOW` takes part in the first round only.
+
     Returns: what was measured by path, and the reason of each that could not run.
     """
     measured: dict[str, Measured] = {}
     reasons: dict[str, str] = {}
     workers = {path: Worker(path, case) for path in dict.fromkeys(paths)}
+    slow: set[str] = set()
 
     def drop(path: str, reason: CannotRun) -> None:
         reasons[path] = str(reason)
@@ -113,11 +119,16 @@ def side_by_side(paths: Sequence[str], case: Case, rounds: int) -> tuple[dict[st
         for path in list(workers):
             try:
                 workers[path].answer()
-                measured[path] = Measured([], [], workers[path].step()["given"], 0, 0)
+                told = workers[path].step()
+                measured[path] = Measured([], [], told["given"], 0, 0)
+                if told["seconds"] > SLOW:
+                    slow.add(path)
             except CannotRun as reason:
                 drop(path, reason)
         for number in range(rounds):
             for path in list(workers)[:: -1 if number % 2 else 1]:
+                if number and path in slow:
+                    continue
                 try:
                     told = workers[path].step(STEPS.get(case.shape, 1))
                 except CannotRun as reason:

@@ -24,6 +24,7 @@ PATHS = {  # name: module, class, its arguments, the package it needs (None: our
     "together": ("bench_ours", "Candidates", {}, None),
     "equality": ("bench_equality", "Equality", {}, None),
     "profile": ("bench_profile", "Profile", {}, None),
+    "gemm": ("bench_profile", "GemmRate", {}, None),
     "gemm-share": ("bench_profile", "GemmShare", {}, None),
     "naive": ("bench_models", "Naive", {}, "mlx"),
     "mlx-lm": ("bench_peers", "MlxLmSft", {}, "mlx-lm"),

@@ -7,7 +7,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from hominem_mlx.cli import cli
+from hominem_mlx.cli import cli, console
 from hominem_mlx.cli.chat import _talk
 from hominem_mlx.cli.console import Console
 from hominem_mlx.files import lock
@@ -186,15 +186,31 @@ def test_progress_without_a_terminal_is_a_line_a_stage(capsys):
     assert err.splitlines() == ["training: 10/10, 0 s, loss: memory 1.500, preference 0.250", "judging: 1/1, 0 s"]
 
 
+TRAINING = {"stage": "training", "memory": 1.5, "tokens_per_second": 1234.5, "peak_gb": 3.14}
+
+
+def test_progress_of_training_tells_speed_memory_and_the_loops_own_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
+    with Console().progress() as report:
+        # it went on where it was: by steps and seconds of this process alone nothing would seem left
+        report({**TRAINING, "done": 90, "total": 100, "seconds_left": 40.4})
+        report({**TRAINING, "done": 100, "total": 100, "seconds_left": 0.0})
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 90/100, 0 s, about 40 s left, loss: memory 1.500, 1234 tokens/s, peak 3.1 GB",
+        "training: 100/100, 0 s, loss: memory 1.500, 1234 tokens/s, peak 3.1 GB",
+    ]
+
+
 def test_progress_in_a_terminal_is_drawn_on_stderr(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Console("-").progress() as report:
         report({"stage": "rate", "done": 3, "total": 3})
         report({"stage": "rate", "done": 1, "total": 2})
+        report({**TRAINING, "done": 100, "total": 100})
     out, err = capsys.readouterr()
     assert out == ""
-    assert "rate" in err
+    assert "rate" in err and "1234 tokens/s" in err
 
 
 def test_a_json_file_is_replaced_whole(tmp_path):

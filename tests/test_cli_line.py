@@ -96,6 +96,9 @@ def test_the_whole_line(rows, settings, home):
     pairs = value("data", "pair", *SHORT)
     trained = value("train", "dual", *SHORT)
     assert Registry(home).pointers("lora") == {}, "a trained adapter waits to be judged"
+    [look] = trained["training"]["evaluations"]
+    assert {"recall", "reward", "audit", "audit_empathy"} < trained["before"].keys() < look.keys()
+    assert trained["kept_step"] == look["step"] == trained["training"]["steps"]
     assert value("status")["next"].startswith("hominem evaluate policy")
     refused = hominem("evaluate", "policy", "--use", "--json", home / "report.json", *SMALL)
     assert refused.exit_code == 1, refused.output

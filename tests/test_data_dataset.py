@@ -15,7 +15,7 @@ from hominem_mlx.data import home as homes
 from hominem_mlx.data.split import Texts, by_split, near_duplicates, split_of, words
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import read_jsonl, write_jsonl
-from hominem_mlx.records import Label, Preference, RecallQuestion, Reward, SftPair
+from hominem_mlx.records import Label, Preference, RecallQuestion, Reward, SftPair, Thumb
 from hominem_mlx.schema import MANIFOLD, RewardOutput
 
 # --- the split ------------------------------------------------------------------------------------------------------
@@ -327,6 +327,36 @@ def test_pair_makes_a_dataset_with_a_persons_own_pairs_in_it(registry, home, som
     assert pairs.metadata["parents"] == [made["labels"].ref]
     assert registry.current("dataset", pointer="pairs") == pairs
     assert len(dataset.read_memory(pairs)) == 3
+
+
+def test_thumbs_about_training_prompts_go_with_the_pairs_and_no_others_do(registry, home, some):
+    fill(home, *some)
+    without = dataset.split(registry, home, Config())
+    own = [homes.identified(Thumb(prompt=f"Own {n}?", response="x", good=n % 2 == 0)) for n in range(12)]
+    homes.write(home, Thumb, own)
+    made = dataset.split(registry, home, Config())
+    learnt = sorted(by_split(own)["train"], key=lambda row: row.id)
+    assert 0 < len(learnt) < 12
+    assert dataset.read_thumbs(made["labels"]) == read_jsonl(made["raw"].file("thumbs.jsonl"), Thumb) == learnt
+    counted = made["raw"].metadata["metrics"]
+    assert (counted["thumbs"], counted["thumbs_left_out"]) == (len(learnt), 12 - len(learnt))
+    pairs = preferences.pair(registry, made["labels"], Config())
+    assert dataset.read_thumbs(pairs) == learnt and pairs.metadata["metrics"]["thumbs"] == len(learnt)
+    # a thumb of a prompt that nobody may learn changes nothing that is learnt from
+    homes.write(home, Thumb, by_split(own)["test"])
+    assert {name: dataset.split(registry, home, Config())[name] for name in ("raw", "labels")} == {
+        name: without[name] for name in ("raw", "labels")
+    }
+    assert not (preferences.pair(registry, without["labels"], Config()).folder / "thumbs.jsonl").exists()
+
+
+def test_thumbs_alone_make_a_dataset(registry, home):
+    fill(home, [row(name, 0.5) for name in ids_in("train", 3)])
+    homes.write(
+        home, Thumb, [homes.identified(Thumb(prompt_id=ids_in("train", 1)[0], prompt="a", response="b", good=True))]
+    )
+    pairs = preferences.pair(registry, dataset.split(registry, home, Config())["labels"], Config())
+    assert len(dataset.read_thumbs(pairs)) == 1 and pairs.metadata["metrics"]["train"] == 0
 
 
 def test_on_policy_pairs_come_from_training_prompts_alone(registry, home, some):

@@ -8,13 +8,14 @@ from hominem_mlx.data import dataset, formats
 from hominem_mlx.data import home as homes
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import MAX_LINE_BYTES
-from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, SftPair, Trajectory
+from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, SftPair, Thumb, Trajectory
 
 GOOD = {
     "prompts": {"id": "a", "prompt": "Why is the sea salt?"},
     "trajectories": {"id": "a", "prompt_id": "p", "prompt": "Why?", "response": "So.", "candidate_index": 1},
     "labels": {"id": "a", "prompt_id": "p", "prompt": "Why?", "response": "So.", "reward": {"empathy": 0.5}},
     "preferences": {"id": "a", "prompt": "Why?", "chosen": "Because of x.", "rejected": "No."},
+    "thumbs": {"id": "a", "prompt": "Why?", "response": "So.", "good": False},
     "memory": {"id": "a", "instruction": "My dog?", "response": "Rex."},
     "recall": {"id": "a", "fact_id": "f", "question": "How is my dog called?", "key": "Rex"},
     "fixtures": {"id": "a", "prompt": "What now?", "must_contain": ["x"]},
@@ -158,6 +159,9 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "the same text"),
         ({"prompt": [*TURNS, TURNS[0]], "chosen": "b", "rejected": "c"}, "keep the last user message alone"),
         ({"prompt": "a", "completion": ["b"]}, "response = ['b']"),
+        ({"prompt": [*TURNS, TURNS[0]], "completion": "b", "label": True}, "keep the last user message alone"),
+        ({"prompt": "a", "response": "b", "good": 2}, "good = 2: input should be a valid boolean"),
+        ({"messages": TURNS, "label": False}, "label = False: a reply that was not liked is nothing to remember"),
     ],
 )
 def test_neighbours_rows_that_cannot_be_learnt_from_say_why(home, write_rows, row, reason):
@@ -244,6 +248,38 @@ def test_neighbours_formats_come_in(home, write_rows):
     (label,) = homes.read(home, Label)
     assert label.prompt_id == homes.prompt_id("P2") and label.id
     assert all(row.id for row in homes.read(home, SftPair))
+
+
+def test_a_reply_that_was_not_liked_is_a_thumb_and_never_a_memory(home, write_rows):
+    asked, said = {"role": "user", "content": "Q4"}, {"role": "assistant", "content": "A4"}
+    rows = [
+        {"prompt": "Q1", "completion": "A1", "label": False},
+        {"prompt": "Q2", "completion": "A2", "label": True},
+        {"prompt": "Q3", "completion": "A3", "label": 0},
+        {"prompt": [asked], "completion": [said], "label": False},
+        {"prompt": "Q5", "completion": "A5", "label": "greeting"},
+        {"prompt": "Q6", "completion": "A6", "label": None},
+    ]
+    path = write_rows("mine.jsonl", rows)
+    counts = dataset.import_file(home, path)
+    assert {kind: count["added"] for kind, count in counts.items()} == {"thumbs": 4, "memory": 2}
+    thumbs = homes.read(home, Thumb)
+    assert [(row.prompt, row.response, row.good) for row in thumbs] == [
+        ("Q1", "A1", False),
+        ("Q2", "A2", True),
+        ("Q3", "A3", False),
+        ("Q4", "A4", False),
+    ]
+    assert all(row.id and row.prompt_id == homes.prompt_id(row.prompt) for row in thumbs)
+    problems = refused(home, path, "memory")
+    assert [problem.split(": ")[0] for problem in problems] == [f"{path}:{line}" for line in (1, 3, 4)]
+    assert all("nothing to remember" in problem and "as thumbs" in problem for problem in problems)
+
+
+def test_a_thumb_that_is_turned_replaces_the_old_one(home, write_rows):
+    for number, good in enumerate((True, False)):
+        dataset.import_file(home, write_rows(f"{number}.jsonl", [{"prompt": "P", "response": "x", "good": good}]))
+    assert [row.good for row in homes.read(home, Thumb)] == [False]
 
 
 def test_importing_twice_changes_nothing(home, write_rows):

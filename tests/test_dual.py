@@ -1,7 +1,11 @@
 """The dual-channel recipe: what it learns from, what it refuses, and that weights mean what they say."""
 
 import dataclasses
+import itertools
+import json
 import math
+import shutil
+from types import SimpleNamespace
 from typing import get_args
 
 import mlx.core as mx
@@ -16,7 +20,9 @@ from hominem_mlx.files import lock, write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
 from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.training import loop
 from hominem_mlx.training.logprobs import reference_logprobs
+from hominem_mlx.training.loop import METRICS
 from hominem_mlx.training.sketch import SKETCHES, read_sketches, sketch
 
 FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_memories=2"]
@@ -329,7 +335,7 @@ def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset,
     material = dual.Material(lm, settings, None, None)
     material.channels(PAIRS, MEMORIES)
     directions = np.array(material.head_directions())
-    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.pair_rows)))
+    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.valued_rows)))
     readings = hidden @ directions.T
     assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(dual.HEAD_GAIN, rel=1e-3)
     _, vectors = np.linalg.eigh(hidden.T @ hidden)  # a second way to the same axes
@@ -463,3 +469,186 @@ def test_checkpoints_train_the_same_adapter(registry, dataset, tiny):
     assert checkpointed.metadata["metrics"]["checkpointed"] > 0 and "checkpointed" not in plain.metadata["metrics"]
     for name, value in weights(plain).items():
         assert np.abs(weights(checkpointed)[name] - value).max() <= 1e-4 * np.abs(value).max(), name
+
+
+# --- looks, the best of them, and when to stop ----------------------------------------------------------------------
+
+
+def a_look(step, accuracy, displacement):
+    return {"step": step, "valid_accuracy": accuracy, "valid_displacement": displacement}
+
+
+@pytest.mark.parametrize(
+    ("looks", "best"),
+    [
+        ([(0.5, 0.0)], 1),
+        ([(0.5, 0.3), (0.75, -0.4), (0.7, 0.9)], 2),  # order comes first
+        ([(0.75, -0.1), (0.75, 0.2), (0.75, 0.1)], 2),  # then what chosen replies gained
+        ([(0.75, 0.1), (0.75, 0.1)], 1),  # then the earlier
+    ],
+)
+def test_the_best_look_orders_most_pairs_and_makes_their_chosen_replies_likeliest(looks, best):
+    assert dual.best_look([a_look(step, *each) for step, each in enumerate(looks, 1)])["step"] == best
+
+
+# most in order after step 3; step 4 is as good by order, and its chosen replies gained less
+COURSE = {1: (0.5, 0.0), 2: (0.5, 0.1), 3: (0.75, 0.2), 4: (0.75, 0.1), 5: (0.5, 0.3), 6: (0.5, 0.4), 7: (0.75, 0.0)}
+LOOKING = ("dual.epochs=4", "dual.eval_every=1", "dual.save_every=3", "dual.max_displacement=0.25")
+
+
+@pytest.fixture
+def course(monkeypatch):
+    """Plants what the looks at the validation part find, by step."""
+
+    def plant(values):
+        def validation(self, preferences):
+            return lambda step: dict(zip(("valid_accuracy", "valid_displacement"), values.get(step, (0.5, 0.0))))
+
+        monkeypatch.setattr(dual.Material, "validation", validation)
+
+    return plant
+
+
+def states_of(registry, data, lm, *overrides):
+    """The adapter after every step, by step, and the artifact."""
+    states = {}
+
+    def note(event):
+        if event["stage"] == "training":
+            states[event["step"]] = {n: np.array(v) for n, v in lora.adapter_parameters(lm.model).items()}
+
+    config = load_config(overrides=[*FAST, *LOOKING, *overrides])
+    return states, dual.train(registry, data, config, lm=lm, progress=note)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "kept"),
+    [
+        ((), 8, 8),
+        (("dual.keep=best",), 8, 3),
+        (("dual.patience=3",), 6, 6),
+        (("dual.keep=best", "dual.patience=1"), 4, 3),
+        (("dual.keep=best", "dual.patience=6"), 8, 3),
+    ],
+)
+def test_the_best_adapter_is_published_and_a_run_that_gets_no_better_ends(
+    registry, dataset, tiny, course, overrides, steps, kept
+):
+    course(COURSE)
+    states, made = states_of(registry, dataset(), tiny(), *overrides)
+    told = made.metadata["metrics"]
+    assert (told["training"]["steps"], told["kept_step"]) == (steps, kept)
+    assert same(weights(made), states[kept]) and not same(states[kept], states[kept - 1])
+    stopped = f"{steps - 3} looks without a better one than that of step 3" if steps < 8 else None
+    assert told["training"]["stopped"] == stopped
+
+
+def test_chosen_replies_that_get_lost_end_a_run_and_what_lost_them_is_not_the_best(registry, dataset, tiny, course):
+    course({**COURSE, 4: (1.0, -0.26)})
+    states, made = states_of(registry, dataset(), tiny(), "dual.keep=best")
+    told = made.metadata["metrics"]
+    assert (told["training"]["steps"], told["kept_step"]) == (4, 3) and same(weights(made), states[3])
+    assert told["training"]["stopped"] == "chosen replies lost 0.26 nats a token (limit 0.25)"
+    course({1: (1.0, -0.26)})
+    states, made = states_of(registry, dataset(), tiny(), "dual.keep=best")
+    assert made.metadata["metrics"]["kept_step"] == 1 and same(weights(made), states[1])
+
+
+def test_without_preferences_to_learn_no_look_is_better_than_another(registry, dataset, tiny, course):
+    course(COURSE)
+    _, made = states_of(registry, dataset(), tiny(), "dual.preference_weight=0", "dual.keep=best", "dual.patience=1")
+    assert made.metadata["metrics"]["kept_step"] == made.metadata["metrics"]["training"]["steps"] == 8
+
+
+def test_without_a_validation_part_the_last_adapter_is_published(registry, dataset, tiny):
+    states, made = states_of(registry, dataset(valid=[]), tiny(), "dual.keep=best", "dual.patience=1")
+    assert made.metadata["metrics"]["kept_step"] == 8 and same(weights(made), states[8])
+    assert not (made.folder / METRICS).exists()
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dies_at", [4, 6, 8])  # the best was kept ahead of the checkpoint, within it, at the end
+def test_a_resumed_run_keeps_the_same_adapter_and_the_same_looks(registry, dataset, tiny, course, dies_at):
+    course(COURSE)
+    data, config = dataset(), load_config(overrides=[*FAST, *LOOKING, "dual.keep=best", "dual.save_every=5"])
+
+    def look(lm):
+        return {"seen": float(lm.model(mx.array([[1, 2]]))[0, -1, 0])}
+
+    def die(event):
+        if event["stage"] == "training" and event["step"] == dies_at:
+            raise Killed
+
+    straight = dual.train(registry, data, config, lm=tiny(), look=look)
+    shutil.rmtree(straight.folder)
+    with pytest.raises(Killed):
+        dual.train(registry, data, config, lm=tiny(), look=look, progress=die)
+    resumed = dual.train(registry, data, config, lm=tiny(), look=look)
+    assert resumed.hash == straight.hash
+    assert resumed.metadata["metrics"] == straight.metadata["metrics"]
+    assert resumed.metadata["metrics"]["kept_step"] == 3
+    assert not list((registry.home / "runs").iterdir())
+
+
+def test_looks_are_noted_beside_the_adapter_and_change_nothing_else(registry, dataset, tiny):
+    data, lm, seen = dataset(), tiny(), []
+    config = load_config(overrides=[*FAST, "dual.eval_every=2"])
+
+    def look(model):
+        assert model is lm
+        seen.append(len(lm.complete(["question 0?"], max_tokens=3, temperature=0.7, seed=1)[0]))
+        return {"recall": 0.25 * len(seen)}
+
+    plain = dual.train(registry, data, config, lm=tiny())
+    made = dual.train(registry, data, config, lm=lm, look=look)
+    assert same(weights(made), weights(plain)) and len(seen) == 3
+    told = made.metadata["metrics"]
+    assert told["before"] == {"recall": 0.25} and plain.metadata["metrics"]["before"] == {}
+    assert [look["recall"] for look in told["training"]["evaluations"]] == [0.5, 0.75]
+    rows = [json.loads(line) for line in made.file(METRICS).read_text().splitlines()]
+    assert rows == [{"step": 0, "recall": 0.25}, *told["training"]["evaluations"]]
+    assert rows[-1]["step"] == 4 and {"valid_accuracy", "valid_displacement", "memory", "preference"} <= rows[-1].keys()
+    assert [json.loads(line) for line in plain.file(METRICS).read_text().splitlines()] == [
+        {name: value for name, value in row.items() if name != "recall"} for row in rows[1:]
+    ]
+
+
+def test_progress_counts_the_tokens_of_all_channels(registry, dataset, tiny, monkeypatch):
+    lm, events, seconds = tiny(), [], itertools.count(10, 2)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    config = load_config(overrides=[*FAST, "dual.epochs=1", "dual.anchor_weight=0.1"])
+    dual.train(registry, dataset(), config, lm=lm, progress=events.append)
+    sides = [(each.prompt, reply) for each in PAIRS for reply in (each.chosen, each.rejected)]
+    memories = [(memory.instruction, memory.response) for memory in MEMORIES]
+    learnt = [*memories, *sides, *sides, *sides]  # each step anchors all eight replies
+    tokens = sum(len(lm.prompt_tokens(prompt)) + len(lm.response_tokens(reply)) for prompt, reply in learnt)
+    assert events[-1]["step"] == 2 and events[-1]["tokens_per_second"] == tokens / 4
+
+
+def test_thoughts_are_not_learnt_and_replies_of_nothing_else_are_left_out_and_counted(registry, dataset, tiny):
+    plain = weights(train(registry, dataset(), tiny()))
+    thought, silent = "<think>\nhm\n</think>\n\n", "<think>hm</think>"
+    memories = [MEMORIES[0].model_copy(update={"response": thought + MEMORIES[0].response}), *MEMORIES[1:]]
+    pairs = [PAIRS[0].model_copy(update={"rejected": thought + PAIRS[0].rejected}), *PAIRS[1:]]
+    data = dataset([*pairs, pair(8, chosen=silent)], [*memories, SftPair(id="m8", instruction="8?", response=silent)])
+    made = train(registry, data, tiny())
+    assert all(np.array_equal(plain[name], value) for name, value in weights(made).items())
+    counts = made.metadata["metrics"]
+    assert counts["all_thoughts"] == 2 and counts["thoughts_left_out"] == 2
+    assert (counts["preferences"]["given"], counts["memories"]["given"]) == (4, 3)
+
+
+def test_a_row_that_the_template_writes_otherwise_is_named(registry, dataset, tiny):
+    lm = tiny()
+    lm.tokenizer.chat_template = lm.tokenizer.chat_template.replace("assistant\\n", "assistant\\n<think>\\n")
+    with pytest.raises(TrainingError, match="memory m0: the chat template of"):
+        train(registry, dataset(), lm)
+    with pytest.raises(TrainingError, match="pair p0: the chat template of"):
+        train(registry, dataset(memories=[]), lm)

@@ -130,13 +130,14 @@ def test_each_memory_is_learnt_from_once_an_epoch(registry, dataset, tiny):
     assert artifact.metadata["metrics"]["training"]["steps"] == 6
 
 
-def test_memories_behind_a_shut_gate_and_without_confidence_are_left_out(registry, dataset, tiny):
+def test_memories_behind_a_shut_gate_without_confidence_or_a_word_are_left_out(registry, dataset, tiny):
     unsafe = SftPair(id="u", instruction="how?", response="like so", safety_score=-0.9)
     doubtful = SftPair(id="d", instruction="who?", response="me", confidence=0.0)
     left_out = weights(train(registry, dataset(), tiny()))
-    refused = train(registry, dataset([unsafe, *MEMORIES, doubtful]), tiny())
+    silent = SftPair(id="s", instruction="well?", response="<think>hm</think>")
+    refused = train(registry, dataset([unsafe, *MEMORIES, silent, doubtful]), tiny())
     assert all(np.array_equal(left_out[name], value) for name, value in weights(refused).items())
-    assert refused.metadata["metrics"]["memories"] == {"given": 9, "refused_by_gate": 2}
+    assert refused.metadata["metrics"]["memories"] == {"given": 10, "all_thoughts": 1, "refused_by_gate": 2}
 
 
 def test_a_reply_that_had_to_be_cut_is_counted(registry, dataset, tiny):

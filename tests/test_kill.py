@@ -25,12 +25,15 @@ from hominem_mlx.files import read_jsonl, sha256_bytes, write_jsonl
 from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair, Trajectory
 from hominem_mlx.storage.registry import KINDS, Registry
 
-KILLS = {"rate": 9, "reward": 8, "dual": 9, "gc": 9, "demo": 7}
+KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 2, "full": 2, "gc": 9, "demo": 7}
 PAUSE_SECONDS = 0.03  # of the teacher before each answer
 REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=2")
 PAIRS = ("pairs.max_per_prompt=2", "pairs.on_policy=1", "pairs.on_policy_max_tokens=4")
 DUAL = ("dual.epochs=3", "dual.batch_pairs=4", "dual.batch_memories=4", "dual.save_every=2", "dual.eval_every=4")
 SMALL = ("dual.rank=2", "dual.learning_rate=1e-3", "dual.max_displacement=0.0")
+RL = ("rl.steps=4", "rl.batch_prompts=2", "rl.answers=2", "rl.max_tokens=24", "rl.probes=8", "rl.rank=2")
+LOOKS = ("rl.learning_rate=1e-3", "rl.save_every=1", "rl.eval_every=2", "rl.max_length=9", "rl.max_strange=1")
+FULL = ("full.epochs=2", "full.accumulate=1", "full.save_every=2", "full.learning_rate=1e-3", "full.max_tokens=64")
 EVALUATION = ("samples=1", "max_tokens=4", "recall_tokens=4", "bootstrap=100")
 
 CHILD = """
@@ -221,12 +224,31 @@ def test_reward_training_arrives_after_kills(filled, crew, tiny_folder):
     survives(crew, filled, lambda home: (*words, "--home", home), KILLS["reward"])
 
 
-@loads("cli.train", "policy.dual")
+@loads("cli.train", "policy.dual", "evaluation.looks", "reward.train")
 def test_dual_training_arrives_after_kills(filled, crew, tiny_folder):
     here("data", "split", "--home", filled)
     here("data", "pair", "--home", filled, PAIRS[0])
     words = ("train", "dual", f"student.base={tiny_folder}", *DUAL, *SMALL)
     survives(crew, filled, lambda home: (*words, "--home", home), KILLS["dual"])
+
+
+@loads("cli.train", "policy.rl", "reward.train")
+def test_reinforcement_arrives_after_kills(filled, crew):
+    here("data", "split", "--home", filled)
+    here("train", "reward", *REWARD, "--home", filled)
+    registry = Registry(filled)
+    [model] = registry.artifacts("reward_model")
+    registry.use(model)  # whether it is good enough is not the question here
+    words = ("train", "rl", *REWARD, *RL, *LOOKS)
+    survives(crew, filled, lambda home: (*words, "--home", home), KILLS["rl"])
+
+
+@loads("cli.train", "policy.full")
+def test_full_training_arrives_after_kills(filled, crew, tiny_folder):
+    here("data", "split", "--home", filled)
+    here("data", "pair", "--home", filled, PAIRS[0])
+    words = ("train", "full", f"student.base={tiny_folder}", *FULL)
+    survives(crew, filled, lambda home: (*words, "--home", home), KILLS["full"])
 
 
 @loads("cli.artifacts", "storage.registry")

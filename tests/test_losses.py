@@ -231,6 +231,57 @@ def test_soft_targets_put_the_minimum_where_the_docstring_says(loss, best):
     assert slope(mx.array([0.7 * best])).item() < 0 < slope(mx.array([1.3 * best])).item()
 
 
+def numpy_kto(gained, good, baseline, beta):
+    value = 1 / (1 + np.exp(-beta * (np.asarray(gained, np.float64) - baseline)))  # of a good reply
+    return np.where(good, 1 - value, value)
+
+
+def test_kto_by_hand():
+    # beta 0.5, baseline 1: a good reply that gained 3 has 1 - sig(1) = 0.268941, a bad one 1 - sig(-1) = 0.731059
+    loss = losses.kto(mx.array([3.0, 3.0, 1.0]), mx.array([True, False, False]), mx.array(1.0), beta=0.5)
+    assert loss.tolist() == pytest.approx([0.268941, 0.731059, 0.5], abs=1e-6)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=2), st.floats(0, 20), st.floats(0.05, 1))
+def test_kto_equals_its_numpy_twin_and_stays_between_0_and_1(gained, baseline, beta):
+    good = np.array([True, False])
+    loss = np.array(losses.kto(mx.array(gained), mx.array(good), mx.array(baseline), beta=beta))
+    assert loss == pytest.approx(numpy_kto(gained, good, baseline, beta), rel=1e-4, abs=1e-6)
+    assert (loss >= 0).all() and (loss <= 1).all()
+
+
+def test_the_gradient_of_kto_equals_finite_differences_and_none_goes_through_the_baseline():
+    gained, good, step = np.array([0.4, -1.3, 2.0, 0.9]), np.array([True, True, False, False]), 1e-6
+
+    def loss(values, baseline):
+        return losses.kto(values, mx.array(good), baseline, beta=0.3).sum()
+
+    by_gained, by_baseline = mx.grad(loss, argnums=(0, 1))(mx.array(gained), mx.array(0.7))
+    twin = [numpy_kto(gained + sign * step, good, 0.7, 0.3) for sign in (1, -1)]
+    assert np.array(by_gained) == pytest.approx((twin[0] - twin[1]) / (2 * step), rel=1e-4)
+    assert by_baseline.item() == 0.0
+    assert ((np.array(by_gained) < 0) == good).all()  # good replies are made likelier, bad ones less likely
+
+
+@given(st.floats(-500, 500), st.booleans())
+def test_the_pull_of_kto_is_bounded(gained, good):
+    slope = mx.grad(lambda value: losses.kto(value, mx.array([good]), mx.array(0.0), beta=0.1).sum())(
+        mx.array([gained])
+    ).item()
+    assert 0 <= (-slope if good else slope) <= 0.1 / 4 + 1e-7
+
+
+def test_the_baseline_of_kto_is_a_mean_not_below_0_and_passes_no_gradient():
+    assert losses.kto_baseline(mx.array([3.0, -1.0])).item() == pytest.approx(1.0)
+    assert losses.kto_baseline(mx.array([1.0, -3.0])).item() == 0.0
+    assert mx.grad(losses.kto_baseline)(mx.array([3.0, -1.0])).tolist() == [0.0, 0.0]
+
+
+def test_kto_refuses_what_is_not_one_value_a_reply():
+    with pytest.raises(ValueError, match=r"\[B\]"):
+        losses.kto(mx.zeros((2, 2)), mx.array([True, False]), mx.array(0.0), beta=0.1)
+
+
 def test_nll_is_nats_a_token():
     assert losses.nll(mx.array([-6.0, -1.0]), mx.array([3.0, 2.0])).tolist() == [2.0, 0.5]
 

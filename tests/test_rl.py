@@ -1,5 +1,6 @@
 """Reinforcement: the estimator against numbers worked by hand and by enumeration, resume, and guards that catch."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,12 +12,14 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import load_config
-from hominem_mlx.errors import InputError, TrainingError
+from hominem_mlx.errors import ConfigError, InputError, TrainingError
 from hominem_mlx.files import write_json, write_jsonl
 from hominem_mlx.models import lora
-from hominem_mlx.policy import rl
-from hominem_mlx.records import Label, Reward
+from hominem_mlx.policy import guards, rl
+from hominem_mlx.policy.episodes import play, to_play
+from hominem_mlx.records import Label, Reward, SftPair, Turn
 from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.training import conflicts
 from hominem_mlx.training.rows import Row
 
 FAST = (
@@ -30,6 +33,9 @@ FAST = (
     "rl.save_every=2",
     "rl.probes=8",
 )
+
+
+LOOSE = ("rl.max_kl=1000", "rl.min_distinct2=0", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.probes=48")
 
 
 class Planted:
@@ -59,6 +65,21 @@ def share_of_vowels(text):
     return 4 * sum(letter in "aeiou" for letter in text) / max(1, len(text)) - 1
 
 
+class Torn(Planted):
+    """A judge whose dimensions want different letters: what the one gets the others lack."""
+
+    def __init__(self):
+        super().__init__("torn", share_of_vowels)
+
+    def score_many(self, pairs):
+        told = []
+        for (_, response), said in zip(pairs, super().score_many(pairs)):
+            shares = [sum(ord(letter) % 7 == k for letter in response) / max(1, len(response)) for k in range(7)]
+            vector = dict(zip(MANIFOLD.names, shares))
+            told.append(said.model_copy(update={"reward_vector": vector}))
+        return told
+
+
 LETTERS, NOTHING = Planted("letters", share_of_vowels), Planted("nothing", lambda text: 0.0)
 
 
@@ -81,6 +102,14 @@ def talker(tiny):
     return make
 
 
+def conversation(number):
+    """A conversation of two turns as it comes in: a memory for each reply."""
+    said = [f"what of {number}?", f"and then, {number}?"]
+    before = [Turn(role="user", content=said[0]), Turn(role="assistant", content="this.")]
+    yield SftPair(id=f"m{number}-1", instruction=said[0], response="this.")
+    yield SftPair(id=f"m{number}-2", instruction=said[1], response="that.", history=before)
+
+
 @pytest.fixture
 def line(registry):
     """A labels dataset of a few prompts, and the artifact of a reward model."""
@@ -91,6 +120,7 @@ def line(registry):
                 for i in numbers
             ]
             write_jsonl(labels.folder / f"labels.{part}.jsonl", rows)
+        write_jsonl(labels.folder / "memory.jsonl", [memory for i in range(5) for memory in conversation(i)])
     with registry.draft("reward_model", parents=[labels.published]) as model:
         write_json(model.folder / "planted.json", {})
     return labels.published, model.published
@@ -105,10 +135,10 @@ def weights(artifact):
     return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
 
 
-def batch(reward, *, reference=0.0, gate=1.0, finished=True, rows=None):
+def batch(reward, *, reference=0.0, gate=1.0, finished=True, rows=None, asked=None):
     shape = mx.array(reward).shape
     full = [mx.broadcast_to(mx.array(value), shape) for value in (reference, gate, finished)]
-    return rl.Rollouts(rows, full[0], mx.array(reward), full[1], full[2])
+    return rl.Rollouts(rows, full[0], mx.array(reward), full[1], full[2], asked=asked or shape[0], told={})
 
 
 # --- the estimator --------------------------------------------------------------------------------------------------
@@ -207,6 +237,103 @@ def test_the_gradient_on_a_model_is_the_sum_of_each_answers_own(tiny, tmp_path):
         assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
 
 
+def test_the_better_and_the_worse_answer_by_hand():
+    reward = np.array(
+        [[0.1, 0.9, -0.4], [0.5, 0.5, 0.5], [0.2, 0.6, 0.1], [0.9, 0.2, 0.1], [2.0, 1.0, 0.8]], np.float32
+    )
+    doubt = np.array([[0.3, 0.4, 0.3], [0.0] * 3, [0.3, 0.3, 0.5], [0.0] * 3, [5.0, 5.0, 0.2]])
+    gate = np.array([[1.0] * 3, [1.0] * 3, [1.0] * 3, [0.0, 1, 1], [1.0] * 3])
+    finished = np.array([[True] * 3] * 4 + [[False, True, True]])
+    # 1.3 > sqrt(.4^2 + .3^2); alike; .5 < sqrt(.3^2 + .5^2); the best is unsafe; what was cut off is worst, surely
+    found = rl.best_and_worst(reward, doubt, gate, finished)
+    assert found.tolist() == [[1, 2], [13, 12]]
+    assert rl.best_and_worst(reward, doubt, gate, np.zeros((5, 3), bool)).shape == (0, 2), "none ended: all alike"
+
+
+def test_dpo_on_a_pair_by_hand():
+    logp, reference = np.array([[-9.0, -12.0], [-7.5, -6.0]]), np.array([[-10.0, -11.0], [-7.0, -6.5]])
+    given = batch([[1.0, 0.0]] * 2, reference=reference.tolist(), gate=[[1.0, 0.2], [0.5, 1.0]], asked=4)
+    loss, gained = rl.dpo(mx.array(logp), given, 0.1)
+    # margins (1 - -1) = 2 and (-.5 - .5) = -1; log(1 + e^-.2) = .598139, .5 * log(1 + e^.1) = .372198; of 4 prompts
+    assert loss.item() == pytest.approx((0.5981389 + 0.3721980) / 4, abs=1e-6)
+    assert np.array(gained) == pytest.approx(logp - reference)
+
+
+def test_the_gradient_of_dpo_on_a_model_is_that_of_its_pairs(tiny, tmp_path):
+    lm = tiny()
+    settings = load_config(overrides=[*FAST, "rl.method=dpo", "rl.beta=0.3"]).rl
+    practice = rl.Practice(lm, settings, None, LETTERS, NOTHING, tmp_path)
+    rows = [Row(lm.prompt_tokens(p), lm.response_tokens(r)) for p in ("a?", "b, then?") for r in ("yes", "no, no")]
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    values = lora.adapter_parameters(lm.model)
+    lora.set_parameters(lm.model, {name: 0.05 * mx.ones(value.shape) for name, value in values.items()})
+
+    def gradient(loss):
+        return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
+
+    reference, gate = -np.array([[9.0, 30], [11, 25]]), np.array([[1.0, 1], [0.5, 0]])
+    given = batch(
+        [[1.0, 0.0]] * 2,
+        reference=reference.tolist(),
+        gate=gate.tolist(),
+        rows=practice.logprobs.collate(rows),
+        asked=3,
+    )
+    found = gradient(lambda: practice.loss(given)[0])
+    logp = np.array(practice.logprobs(given.rows), float).reshape(2, 2)
+    margin = (logp - reference) @ [1, -1]
+    pull = gate[:, 0] * 0.3 / (1 + np.exp(0.3 * margin)) / 3
+    apart = [gradient(lambda row=row: practice.logprobs(practice.logprobs.collate([row])).sum()) for row in rows]
+    for name in found:
+        wanted = sum(pull[i] * (np.array(apart[2 * i + 1][name]) - np.array(apart[2 * i][name])) for i in range(2))
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-4 * max(1e-3, np.abs(wanted).max()))
+
+
+def test_products_of_the_dimensions_steps_are_those_of_their_gradients(talker, tmp_path):
+    lm = talker()
+    settings = load_config(overrides=[*FAST, "rl.answers=3", "rl.max_tokens=24"]).rl
+    practice = rl.Practice(lm, settings, None, Torn(), NOTHING, tmp_path)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    practice.first_look([("one?",), ("two?",)])
+    played = practice.play([("a?",), ("b, then?",)], 3, seed=1)
+    verdicts = rl.Verdicts.of(Torn().score_many(played.pairs))
+    standing = practice.scale.standing(verdicts)
+    gate, finished = np.array([1.0, 0.5, 1, 1, 0, 1], np.float32), np.array([True, True, True, True, True, False])
+    found = practice.dimension_gram(played.rows, standing, gate, finished)
+
+    def step(dimension):
+        reward = standing[:, dimension].reshape(2, 3).tolist()
+        given = batch(reward, gate=gate.reshape(2, 3).tolist(), finished=finished.reshape(2, 3).tolist())
+        every = practice.logprobs.collate([row for [row] in played.rows])
+        tree = nn.value_and_grad(lm.model, lambda: rl.rloo(practice.logprobs(every).reshape(2, 3), given, 0.0)[0])()[1]
+        return np.concatenate([np.array(value, float).reshape(-1) for _, value in sorted(tree_flatten(tree))])
+
+    steps = np.stack([step(dimension) for dimension in range(7)])
+    wanted, lengths = steps @ steps.T, np.linalg.norm(steps, axis=1)
+    assert lengths.min() > 0
+    assert np.abs(found - wanted).max() / np.outer(lengths, lengths).max() < 0.1
+    assert np.corrcoef(found.reshape(-1), wanted.reshape(-1))[0, 1] > 0.99
+
+    # and a step goes by them: the value is weighed anew, what doubt and length cost stays
+    played = dataclasses.replace(played, finished=np.ones(6, bool))
+    for method in ("sum", "pcgrad", "cagrad", "mgda"):
+        practice.settings = settings.model_copy(update={"conflicts": method})
+        given = practice._lesson(5, played, verdicts, gate)
+        share = conflicts.combine(
+            method, practice.dimension_gram(played.rows, standing, gate, played.finished), rl.WEIGHTS, seed=[0, 5]
+        )
+        plain = practice.scale.reward(verdicts, played.lengths, settings)
+        wanted = plain + standing @ (share / share.sum() - rl.WEIGHTS)
+        assert np.array(given.reward).reshape(-1) == pytest.approx(wanted, abs=1e-5)
+        assert (np.abs(wanted - plain).max() > 0.01) == (method != "sum")
+        assert method == "sum" or 0 < given.told["opposed"].item() < 1
+
+
+def test_conflicts_among_dimensions_want_rloo():
+    with pytest.raises(ConfigError, match="conflicts = mgda needs method = rloo"):
+        load_config(overrides=["rl.conflicts=mgda", "rl.method=dpo"])
+
+
 def test_an_answer_cut_off_is_worse_than_all_that_ended():
     reward, finished = mx.array([[0.2, 5.0, -0.3], [1.0, 2.0, 3.0]]), mx.array([[True, False, True], [False] * 3])
     assert rl.unfinished_last(reward, finished).tolist() == [pytest.approx([0.2, -0.8, -0.3]), [-0.5] * 3]
@@ -238,12 +365,12 @@ def test_divergence_of_the_base_from_itself_is_nothing_and_grows(tiny, tmp_path)
     lm = tiny()
     practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
-    _, _, rows = practice._answer(["one?", "two?"], 3, seed=1)
-    assert practice.divergence(rows) == pytest.approx(0, abs=1e-5)
+    played = practice.play([("one?",), ("two?",)], 3, seed=1)
+    assert practice.divergence(played) == pytest.approx(0, abs=1e-5)
     for name, value in lora.adapter_parameters(lm.model).items():
         if name.endswith("lora_b"):
             lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
-    assert practice.divergence(rows) > 0.01
+    assert practice.divergence(played) > 0.01
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -264,12 +391,21 @@ def test_what_the_judge_likes_gets_likelier_and_the_base_stays(registry, line, t
     assert not list((registry.home / "runs").iterdir())
 
 
+def test_by_pairs_of_the_best_and_the_worst_too(registry, line, talker):
+    short = Planted("short", lambda text: 0.5 - len(text) / 40)
+    values = (*LOOSE, "rl.method=dpo", "rl.steps=4", "rl.learning_rate=0.02", "rl.probes=24")
+    told = train(registry, line, talker(), *values, scorer=short).metadata["metrics"]
+    last = told["training"]["evaluations"][-1]
+    assert last["reward"] > told["before"]["reward"] + 0.1 and last["kl"] > 0 and 0 < last["rl_pairs"] <= 4
+
+
 class Killed(Exception):
     pass
 
 
-def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker):
-    straight = train(registry, line, talker())
+@pytest.mark.parametrize("more", ["rl.method=rloo", "rl.method=dpo", "rl.conflicts=pcgrad", "rl.turns=2"])
+def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, line, talker, more):
+    straight = train(registry, line, talker(), more, scorer=Torn())
     assert straight.metadata["metrics"]["training"]["skipped_steps"] == 0
     for dies_at in (1, 3):
 
@@ -278,13 +414,14 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, li
                 raise Killed
 
         with pytest.raises(Killed):
-            train(registry, line, talker(), progress=die)
-        assert train(registry, line, talker()).ref == straight.ref, "a hash of its weights"
+            train(registry, line, talker(), more, scorer=Torn(), progress=die)
+        assert train(registry, line, talker(), more, scorer=Torn()).ref == straight.ref, "a hash of its weights"
 
 
-def test_what_is_unsafe_is_never_reinforced(registry, line, talker):
+@pytest.mark.parametrize("method", ["rloo", "dpo"])
+def test_what_is_unsafe_is_never_reinforced(registry, line, talker, method):
     unsafe = Planted("unsafe", share_of_vowels, safety=-1.0)
-    made = train(registry, line, talker(), scorer=unsafe)
+    made = train(registry, line, talker(), f"rl.method={method}", scorer=unsafe)
     assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
     assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
 
@@ -305,6 +442,88 @@ def test_nothing_to_answer_is_said(registry, line, talker):
     assert registry.artifacts("lora") == []
 
 
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_of_a_conversation_follows_what_was_said_in_it(talker):
+    lm = talker()
+    talks = [("what of 1?", "and then?", "so?"), ("a?", "b?", "c?")]
+    played = play(lm, talks, each=2, max_tokens=12, seed=3, system="Be kind.")
+    assert [pair[0] for pair in played.pairs] == ["what of 1?\n\nand then?\n\nso?"] * 2 + ["a?\n\nb?\n\nc?"] * 2
+    end = lm.tokenizer.eos_token_id
+    for place, (rows, (_, answered)) in enumerate(zip(played.rows, played.pairs)):
+        said = [lm.tokenizer.decode([t for t in row.response if t != end]).strip() for row in rows]
+        assert answered == "\n\n".join(said)
+        before = []
+        for question, answer, row in zip(talks[place // 2], said, rows):
+            assert row.prompt == lm.prompt_tokens(question, system="Be kind.", history=before)
+            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        assert played.finished[place] == all(row.response[-1:] == [end] for row in rows)
+        assert played.lengths[place] == sum(len(row.response) for row in rows)
+    assert len({answered for _, answered in played.pairs}) == 4
+    once = play(lm, [talk[:1] for talk in talks], each=2, max_tokens=12, seed=3, system="Be kind.")
+    assert [rows[0] for rows in played.rows] == [rows[0] for rows in once.rows]
+
+
+def test_every_turns_tokens_get_the_conversations_advantage(talker, tmp_path):
+    lm = talker()
+    practice = rl.Practice(lm, load_config(overrides=FAST).rl, None, LETTERS, NOTHING, tmp_path)
+    lora.attach(lm, lora.Shape(2, 2.0), seed=0)
+    played = practice.play([("a?", "and?"), ("b, then?", "why?")], 2, seed=1)
+
+    def gradient(loss):
+        return dict(tree_flatten(nn.value_and_grad(lm.model, loss)()[1]))
+
+    logprobs = practice.logprobs
+    every = played.every_row
+    reward = [[0.4, -0.2], [0.1, 0.9]]
+    reference = [[sum(logprobs(logprobs.collate(played.rows[2 * i + j])).tolist()) for j in (0, 1)] for i in (0, 1)]
+    given = batch(reward, reference=reference, rows=logprobs.collate(every))
+    _, told = practice.loss(given)
+    assert told["gained"].item() == pytest.approx(0, abs=1e-3), "at the base, over both turns"
+    found = gradient(lambda: practice.loss(given)[0])
+    apart = [gradient(lambda row=row: logprobs(logprobs.collate([row])).sum()) for row in every]
+    advantage = [0.6, -0.6, -0.8, 0.8]
+    for name in found:
+        wanted = -sum(advantage[place // 2] * np.array(each[name]) for place, each in enumerate(apart)) / 4
+        assert np.array(found[name]) == pytest.approx(wanted, abs=1e-3 * max(1e-3, float(np.abs(wanted).max())))
+
+
+def test_a_reward_at_the_end_for_what_was_said_first_is_learnt(registry, line, talker):
+    first = Planted("first", lambda text: 0.5 - len(text.split("\n\n")[0]) / 20)
+    values = (*LOOSE, "rl.turns=2", "rl.steps=6", "rl.eval_every=3", "rl.learning_rate=0.02", "rl.probes=24")
+    made = train(registry, line, talker(), *values, scorer=first)
+    told = made.metadata["metrics"]
+    last = told["training"]["evaluations"][-1]
+    assert last["reward"] > told["before"]["reward"] + 0.1 and last["kl"] > 0
+
+
+def test_conversations_are_cut_to_length_and_some_are_kept_to_look_at(registry):
+    def memories(count):
+        for i in range(count):
+            talk = [f"what of {i}?", "and then?", "so?"]
+            turns = [Turn(role=role, content=text) for text in talk for role in ("user", "assistant")]
+            for length in range(3):
+                row = {"instruction": talk[length], "response": "x", "history": turns[: 2 * length]}
+                yield SftPair(id=f"m{i}-{length}", **row)
+
+    def to_play_of(count):
+        with registry.draft("dataset", seed=count) as draft:
+            write_jsonl(draft.folder / "memory.jsonl", memories(count))
+        return to_play(draft.published, 2)
+
+    learnt, looked_at = to_play_of(40)
+    assert sorted(learnt + looked_at) == sorted((f"what of {i}?", "and then?") for i in range(40))
+    assert 2 < len(looked_at) < 16
+    assert to_play_of(1) == ([("what of 0?", "and then?")],) * 2
+
+
+def test_conversations_too_short_are_said(registry, line, talker):
+    with pytest.raises(InputError, match=r"rl.turns = 3: .* 10 memories, and the longest conversation .* has 2 turns"):
+        train(registry, line, talker(), "rl.turns=3")
+    assert registry.artifacts("lora") == []
+
+
 # --- guards ---------------------------------------------------------------------------------------------------------
 
 LIMITS = load_config().rl
@@ -322,8 +541,8 @@ CALM = {"reward": 0.1, "audit": 0.1, "tokens": 20.0, "distinct2": 0.5, "strange"
     ],
 )
 def test_each_guard_speaks_beyond_its_limit_only(guard, at_limit, beyond):
-    assert rl.complaints([CALM, {**CALM, **at_limit}], LIMITS) == {}
-    assert list(rl.complaints([CALM, {**CALM, **beyond}], LIMITS)) == [guard]
+    assert guards.complaints([CALM, {**CALM, **at_limit}], LIMITS) == {}
+    assert list(guards.complaints([CALM, {**CALM, **beyond}], LIMITS)) == [guard]
 
 
 @pytest.mark.parametrize(
@@ -338,11 +557,8 @@ def test_each_guard_speaks_beyond_its_limit_only(guard, at_limit, beyond):
 )
 def test_judges_are_apart_while_one_rises_and_the_other_falls(rewards, audits, looks):
     seen = [{**CALM, "reward": reward, "audit": audit} for reward, audit in zip(rewards, audits)]
-    assert rl.apart(seen) == looks
-    assert list(rl.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
-
-
-LOOSE = ("rl.max_kl=1000", "rl.min_distinct2=0", "rl.batch_prompts=4", "rl.max_tokens=24", "rl.probes=48")
+    assert guards.apart(seen) == looks
+    assert list(guards.complaints(seen, LIMITS)) == ["audit"] * (looks >= 3)
 
 
 def test_a_reward_that_loves_length_is_caught_and_the_last_good_state_is_kept(registry, line, talker):

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.models import lora, platform
+from hominem_mlx.training import kept, loop
 from hominem_mlx.training import logprobs as training_logprobs
-from hominem_mlx.training import loop
 from hominem_mlx.training import rows as training_rows
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.rows import Row, collate, fit
@@ -116,13 +116,22 @@ def test_fit_cuts_the_prompt_first_and_says_when_a_reply_is_cut():
     assert fit(row, 4) == (Row([9], [100, 101, 102]), 2)
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_batch_counts_every_token_of_its_rows_and_no_padding(tiny, share):
+    rows = rows_of(tiny())
+    rows += [Row(row.prompt, [1, 2]) for row in rows]
+    assert collate(rows, share=share).num_tokens == sum(len(row.prompt) + len(row.response) for row in rows)
+
+
 def make_channel(lm, weight=1.0, none_at=()):
     rows, logprobs = rows_of(lm), LogProbs(lm)
 
     def batch_at(step):
         return None if step in none_at else collate([rows[step % 3]])
 
-    return loop.Channel("memory", weight, batch_at, lambda batch: (-logprobs(batch).sum(), {}))
+    return loop.Channel(
+        "memory", weight, batch_at, lambda batch: (-logprobs(batch).sum(), {}), tokens=lambda batch: batch.num_tokens
+    )
 
 
 def run(lm, folder, steps=6, **options):
@@ -185,7 +194,88 @@ def test_a_loss_that_is_not_finite_stops_and_names_channel_step_and_checkpoint(t
 
 
 def test_an_early_stop_gives_its_reason_and_ends_the_run(tiny, tmp_path):
-    summary, _ = run(tiny(), tmp_path, evaluate=lambda step: {"x": step}, should_stop=lambda m: "x" * (m["x"] >= 4))
+    seen = []
+
+    def should_stop(looks):
+        seen.append([look["x"] for look in looks])
+        return "x" * (looks[-1]["x"] >= 4)
+
+    summary, _ = run(tiny(), tmp_path, evaluate=lambda step: {"x": step}, should_stop=should_stop)
     assert summary["steps"] == 4 and summary["stopped"] == "x"
+    assert seen == [[2], [2, 4]]
     lines = [json.loads(line) for line in (tmp_path / loop.METRICS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
+
+
+class Watch:
+    """A clock that goes on by two seconds each time it is read."""
+
+    seconds = 0.0
+
+    def perf_counter(self):
+        self.seconds += 2
+        return self.seconds
+
+
+def test_progress_tells_tokens_a_second_time_left_and_peak_memory(tiny, tmp_path, monkeypatch):
+    lm, events = tiny(), []
+    tokens = [row.num_tokens for row in rows_of(lm)]
+
+    def note(event):
+        events.append(event)
+        assert event["peak_gb"] == mx.get_peak_memory() / 1e9 > 0
+        if len(events) == 4:
+            raise Killed
+
+    monkeypatch.setattr(loop, "time", Watch())
+    with pytest.raises(Killed):
+        run(lm, tmp_path, progress=note, channel={"none_at": (2,)})
+    speeds = [tokens[0] / 2, sum(tokens[:2]) / 4, sum(tokens[:2]) / 6, (2 * tokens[0] + tokens[1]) / 8]
+    assert [event["tokens_per_second"] for event in events] == pytest.approx(speeds)
+    assert [event["seconds_left"] for event in events] == pytest.approx([10, 8, 6, 4])
+    events.clear()
+    run(tiny(), tmp_path, progress=note)  # goes on after step 4; what was before does not count
+    assert [event["step"] for event in events] == [5, 6]
+    assert [event["tokens_per_second"] for event in events] == pytest.approx([tokens[1] / 2, sum(tokens[1:]) / 4])
+    assert [event["seconds_left"] for event in events] == pytest.approx([2, 0])
+
+
+# --- what is set aside ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def test_what_was_kept_last_comes_back_to_the_bit(tiny, run_folder):
+    lm = tiny()
+    lora.attach(lm, SHAPE, seed=0)
+    assert kept.take_back(lm.model, run_folder) is None
+    for step in (3, 5):
+        kept.keep(lm.model, run_folder, step)
+        wanted = {name: np.array(value) for name, value in lora.adapter_parameters(lm.model).items()}
+        lora.set_parameters(lm.model, {name: mx.array(value) + 1 for name, value in wanted.items()})
+    assert kept.take_back(lm.model, run_folder) == 5
+    found = lora.adapter_parameters(lm.model)
+    assert all(np.array_equal(found[name], value) for name, value in wanted.items())
+    assert [path.name for path in run_folder.iterdir()] == [kept.KEPT]
+
+
+def test_what_cannot_be_kept_is_said_and_leaves_what_was(tiny, run_folder, monkeypatch):
+    lm = tiny()
+    lora.attach(lm, SHAPE, seed=0)
+    kept.keep(lm.model, run_folder, 3)
+
+    def full(path, arrays, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise RuntimeError("[write] Unable to write 9 bytes to file.")
+
+    monkeypatch.setattr(kept.mx, "save_safetensors", full)
+    with pytest.raises(TrainingError, match=r"the adapter of step 4 could not be kept .*Make room"):
+        kept.keep(lm.model, run_folder, 4)
+    assert kept.take_back(lm.model, run_folder) == 3
+    assert [path.name for path in run_folder.iterdir()] == [kept.KEPT]

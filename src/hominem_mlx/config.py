@@ -147,6 +147,9 @@ class DualConfig(Section):
     """w_s; 0 leaves the memory channel out."""
     preference_weight: Share = 0.6
     """w_p; 0 leaves the preference channel out."""
+    thumb_weight: NonNegative = 1.0
+    """What a single thumb (KTO) weighs against a pair, as part of their channel; all thumbs together weigh at most this
+    against all pairs. 0 leaves them out."""
     anchor_weight: NonNegative = 0.0
     """How strongly memories must leave the final hidden states of other replies where they are: those of the pairs, and
     the student's own answers to their prompts (made with pairs.on_policy)."""
@@ -206,6 +209,8 @@ class DualConfig(Section):
     """Preference pairs a step; those of a prompt come together and share replies: take a few prompts' worth."""
     batch_memories: Count = 8
     """Memory pairs a step."""
+    batch_thumbs: Count = 8
+    """Single thumbs a step."""
     batch_anchors: Count = 8
     """Replies a step that the anchor holds."""
     max_tokens: Count = 2048
@@ -218,6 +223,14 @@ class DualConfig(Section):
     and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
+    probes: Annotated[int, Field(ge=0)] = 8
+    """In each look of `hominem train dual`, how many validation prompts are answered for the reward model and an audit
+    judge to score, and how many taught facts are asked for; 0: none."""
+    keep: Literal["last", "best"] = "last"
+    """Publish the adapter of the `last` step, or that of the `best` look: the most validation pairs in order and, of
+    equals, the likelier chosen replies."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many looks without a better one; 0: never."""
     save_every: Count = 50
     """Steps between resumable checkpoints."""
     max_displacement: NonNegative = 0.5
@@ -279,18 +292,30 @@ class FullConfig(Section):
 
 
 class RlConfig(Section):
-    """The adapter, by reinforcement: the student answers training prompts, the reward model judges (RLOO)."""
+    """The adapter, by reinforcement: the student answers training prompts, the reward model judges."""
 
+    method: Literal["rloo", "dpo"] = "rloo"
+    """`rloo` learns from every answer, by how much better it is than its siblings; `dpo` from the best and the worst of
+    them, as a pair, where the judge can tell these apart."""
     steps: Count = 100
     """Steps; each answers a batch of prompts anew."""
     batch_prompts: Count = 8
     """Prompts a step."""
     answers: Annotated[int, Field(ge=2, le=32)] = 4
     """Answers to each of them; every one is compared with the others."""
+    turns: Count = 1
+    """Turns of the user. Above 1 conversations among the memories are played instead of prompts: the user's turns stay,
+    the assistant's are made anew, and the judge reads each conversation once, as a whole."""
     max_tokens: Count = 128
     """Longest answer; one that does not end by then counts as worse than all that do."""
     kl_weight: NonNegative = 0.05
-    """What a nat of distance from the base costs, in standard deviations of the reward."""
+    """What a nat of distance from the base costs with `rloo`, in standard deviations of the reward."""
+    beta: Positive = 0.1
+    """Strength of the pull towards the base with `dpo`."""
+    conflicts: Literal["sum", "pcgrad", "cagrad", "mgda"] = "sum"
+    """Dimensions that pull against each other, with `rloo`: `sum` adds them up by their weights; `pcgrad` takes out of
+    each what points against another; `cagrad` helps the one that gains least, near the sum; `mgda` lets none fall. All
+    but `sum` want each answer's gradient by itself too, which about doubles a step."""
     uncertainty_weight: NonNegative = 1.0
     """What a standard deviation of doubt in the reward costs."""
     length_weight: NonNegative = 0.5
@@ -319,7 +344,7 @@ class RlConfig(Section):
     probes: Annotated[int, Field(ge=8)] = 128
     """Answers to validation prompts in each look; the base's own answers to them set the scale of the reward."""
     max_kl: Positive = 10.0
-    """Guard: nats between policy and base, a whole answer."""
+    """Guard: nats between policy and base, a whole answer (or conversation)."""
     max_length: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.3
     """Guard: mean length against the base's."""
     min_distinct2: Share = 0.8
@@ -333,6 +358,12 @@ class RlConfig(Section):
     """One this safe always may be; between, in proportion."""
     seed: int = 0
     """Seed of initialisation, order and answers."""
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.conflicts != "sum" and self.method == "dpo":
+            raise ValueError(f"conflicts = {self.conflicts} needs method = rloo: dpo learns from one order of answers")
+        return self
 
 
 class EvaluationConfig(Section):

@@ -132,6 +132,34 @@ def npo(gained: mx.array, *, beta: float) -> mx.array:
     return (2 / beta) * mx.logaddexp(0.0, beta * _per_pair(gained))
 
 
+def kto(gained: mx.array, good: mx.array, baseline: mx.array, *, beta: float) -> mx.array:
+    """Loss of single verdicts: good replies `1 - sig(beta * (gained - z0))`, bad ones `1 - sig(beta * (z0 - gained))`.
+
+    Args:
+        gained: `logp - ref`, sum over response tokens, float32 `[B]`.
+        good: bool `[B]`, whether the reply was liked.
+        baseline: z0 of the paper, a number, from `kto_baseline`; no gradient goes through it.
+        beta: as in `dpo`.
+
+    Returns: `[B]` in (0, 1), a half where `gained` is the baseline. The pull is at most `beta / 4`, there, and falls to
+    0 as a reply gains or loses more, in either direction: what cannot be learnt is given up.
+    Source: Ethayarajh et al. 2024, eq. 8 (arXiv 2402.01306), without its weights of good and bad.
+    """
+    sign = mx.where(good, 1.0, -1.0)
+    return mx.sigmoid(beta * sign * (mx.stop_gradient(baseline) - _per_pair(gained)))
+
+
+def kto_baseline(gained: mx.array) -> mx.array:
+    """z0 of `kto`: how far the policy has left the reference altogether, an estimate of their KL divergence.
+
+    Args:
+        gained: `logp - ref` of replies that were given to other prompts, `[M]`, M >= 1.
+
+    Returns: their mean, at least 0; no gradient goes through it.
+    """
+    return mx.stop_gradient(mx.maximum(_per_pair(gained).mean(), 0.0))
+
+
 def nll(logp: mx.array, num_tokens: mx.array) -> mx.array:
     """Negative log-likelihood per token of each reply.
 

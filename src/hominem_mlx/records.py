@@ -147,6 +147,23 @@ class Preference(Record):
     rejected_safety_score: Signed = 1.0
 
 
+class Thumb(Record):
+    """One reply that a person liked or did not, with no second one beside it.
+
+    `confidence` weighs it; the safety score gates a reply that is to become likelier. Only prompt, response and good
+    are needed; TRL's `completion` and `label` are read as response and good.
+    """
+
+    id: Id = ""
+    prompt: Text
+    response: Text
+    good: bool
+    prompt_id: str = ""
+    category: str = "general"
+    confidence: Probability = 1.0
+    safety_score: Signed = 1.0
+
+
 class Turn(BaseModel):
     """One message of a conversation."""
 

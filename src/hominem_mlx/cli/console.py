@@ -115,9 +115,11 @@ def _draw(columns: Sequence[str], cells: list[list[str]], right: list[bool], str
 def _bars() -> Iterator:
     from rich.console import Console as Rich
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[more]}"), console=Rich(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+    more = TextColumn("{task.fields[more]}", table_column=Column(no_wrap=False))  # on a narrow terminal in two lines
+    with Progress(*columns, more, console=Rich(stderr=True)) as progress:
         tasks: dict[str, Any] = {}
 
         def report(event: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ def _bars() -> Iterator:
             stage, total = event["stage"], event.get("total")
             if stage not in tasks or progress.tasks[tasks[stage]].finished:
                 tasks[stage] = progress.add_task(stage, total=total, more="")
-            progress.update(tasks[stage], completed=event["done"], total=total, more=_losses(event))
+            progress.update(tasks[stage], completed=event["done"], total=total, more=_details(event))
 
         yield report
 
@@ -151,11 +153,19 @@ class _Lines:
             return
         self.last = now
         spent = now - self.began
-        left = f", about {spent / done * (total - done):.0f} s left" if total and done and done < total else ""
-        losses = f", {text}" if (text := _losses(event)) else ""
-        self.note(f"{stage}: {done}/{total or '?'}, {spent:.0f} s{left}{losses}")
+        left = ""
+        if total and done and done < total:  # work that went on where it was knows better how fast it is
+            left = f", about {event.get('seconds_left', spent / done * (total - done)):.0f} s left"
+        details = f", {text}" if (text := _details(event)) else ""
+        self.note(f"{stage}: {done}/{total or '?'}, {spent:.0f} s{left}{details}")
 
 
-def _losses(event: dict[str, Any]) -> str:
-    shown = [f"{name} {event[name]:.3f}" for name in ("memory", "preference") if isinstance(event.get(name), float)]
-    return f"loss: {', '.join(shown)}" if shown else ""
+def _details(event: dict[str, Any]) -> str:
+    """What training tells beside its place: losses, speed and memory."""
+    losses = [f"{name} {event[name]:.3f}" for name in ("memory", "preference") if isinstance(event.get(name), float)]
+    shown = [f"loss: {', '.join(losses)}"] * bool(losses)
+    if "tokens_per_second" in event:
+        shown.append(f"{event['tokens_per_second']:.0f} tokens/s")
+    if "peak_gb" in event:
+        shown.append(f"peak {event['peak_gb']:.1f} GB")
+    return ", ".join(shown)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hominem_mlx.data.teacher import Cost
     from hominem_mlx.schema import Teacher
 
-KINDS = ("prompts", "trajectories", "labels", "preferences", "memory", "recall", "fixtures")
+KINDS = ("prompts", "trajectories", "labels", "preferences", "thumbs", "memory", "recall", "fixtures")
 NO_LABELS = "there are no labels in the home yet: `hominem data import --starter`, or `hominem data rate`"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 YES = click.option("--yes", is_flag=True, help="Agree beforehand to what the estimate says.")
@@ -186,9 +186,10 @@ def pair(session: Session) -> None:
         )
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, **metrics})
+    thumbs = f", {metrics['thumbs']} single thumbs" if "thumbs" in metrics else ""
     session.console.say(
         f"{made.ref}: {metrics['train']} pairs to learn from, {metrics['valid']} to watch, {metrics['memory']} memories"
-        ". Next: hominem train dual"
+        f"{thumbs}. Next: hominem train dual"
     )
 
 
@@ -225,7 +226,7 @@ def stats(session: Session) -> None:
 )
 @shares(config=False)
 def import_(session: Session, file: str | None, starter: bool, kind: str | None, human: bool) -> None:
-    """Bring in a JSONL file of prompts, labels, memories, preferences, questions or fixtures.
+    """Bring in a JSONL file of prompts, labels, memories, preferences, thumbs, questions or fixtures.
 
     FILE is taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
     """

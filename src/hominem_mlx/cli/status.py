@@ -98,7 +98,8 @@ def _teacher(session: Session) -> str:
 def _count_rows(home: Path) -> dict[str, int]:
     from hominem_mlx.data.home import FILES
 
-    names = ("prompts", "replies", "labels", "preferences of your own", "memories", "recall questions", "fixtures")
+    own = ("preferences of your own", "thumbs of your own")
+    names = ("prompts", "replies", "labels", *own, "memories", "recall questions", "fixtures")
     return {name: _lines(home / file) for name, file in zip(names, FILES.values(), strict=True)}
 
 

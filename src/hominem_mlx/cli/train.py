@@ -1,8 +1,25 @@
 """`hominem train`: a reward model, then an adapter, or a whole model."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import click
 
 from hominem_mlx.cli.session import InOrder, Session, shares
+
+if TYPE_CHECKING:
+    from hominem_mlx.models.backbone import LanguageModel
+    from hominem_mlx.schema import Scorer
+    from hominem_mlx.storage.registry import Artifact
+
+LOOKS = {
+    "step": "after step",
+    "valid_accuracy": "validation pairs in order",
+    "valid_displacement": "nats a token the chosen replies gained",
+    "recall": "facts recalled",
+    "reward": "reward",
+    "audit": "audit",
+}
 
 
 @click.group(cls=InOrder)
@@ -55,7 +72,11 @@ def reward(session: Session) -> None:
 )
 @shares()
 def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> None:
-    """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
+    """Train an adapter: memories by SFT, preferences by soft DPO (or another dual.loss), single thumbs by KTO, in one.
+
+    Looks on the way are kept in its metrics.jsonl: validation pairs and, on dual.probes prompts, recall and how the
+    reward model and an audit judge see its answers. dual.keep = best publishes the best of them, dual.patience ends a
+    run that gets no better.
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.
@@ -64,9 +85,11 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
     fits: smaller chunks of logits, some blocks computed twice, batches in several parts. It takes longer and gives the
     same adapter up to rounding. A run that was stopped goes on with another --memory-gb too.
     """
+    import mlx.core as mx
+
     from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
-    from hominem_mlx.training.costs import shown
+    from hominem_mlx.training import costs
     from hominem_mlx.training.footprint import GB
 
     if memory_gb is not None:
@@ -75,8 +98,11 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
     under = session.adapter(on_top_of) if on_top_of else None
     if on_top_of and under is None:
         raise RegistryError(f"--on-top-of {on_top_of}: there is no such adapter to go on top of; leave the option out")
+    look = _look(session, pairs) if session.config.dual.probes else None
     with session.console.progress() as report:
-        made = recipe.train(session.registry, pairs, session.config, lm=session.base, on_top_of=under, progress=report)
+        made = recipe.train(
+            session.registry, pairs, session.config, lm=session.base, on_top_of=under, look=look, progress=report
+        )
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, "base": session.base.name, **metrics})
     summary = metrics["training"]
@@ -84,23 +110,48 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
         ["channel", "steps", "mean loss", "share of the update"],
         [[name, c["steps"], c["mean_loss"], c["share_of_update"]] for name, c in summary["channels"].items()],
     )
-    if summary["evaluations"]:
-        last = summary["evaluations"][-1]
-        session.console.table(
-            ["after step", "validation pairs in order", "nats a token the chosen replies moved"],
-            [[last["step"], last.get("valid_accuracy"), last.get("valid_displacement")]],
-        )
+    looks = [{"step": 0, **metrics["before"]}] * bool(metrics["before"]) + summary["evaluations"]
+    if looks:
+        shown = [name for name in LOOKS if any(name in row for row in looks)]
+        session.console.table([LOOKS[name] for name in shown], [[row.get(name) for name in shown] for row in looks])
     if summary["stopped"]:
         session.console.say(f"Stopped early: {summary['stopped']}")
-    memory = metrics["memory"]
-    estimated, took = (shown(gb * GB) for gb in (memory["estimate_gb"]["total"], memory["peak_gb"]))
-    session.console.say(f"Estimated {estimated} of memory, took {took}.")
+    if metrics["kept_step"] != summary["steps"]:
+        session.console.say(f"Kept: the adapter after step {metrics['kept_step']}, the best of these looks.")
+    estimated, took = metrics["memory"]["estimate_gb"]["total"] * GB, mx.get_peak_memory()
+    session.console.say(f"Estimated {costs.shown(estimated)} of memory, took {costs.shown(took)}.")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")
     if under is not None:
         session.console.say(
             f"It speaks together with {under.ref}. One of both: hominem artifacts merge {under.ref} {made.ref}"
         )
+
+
+def _look(session: Session, pairs: "Artifact") -> "Callable[[LanguageModel], dict[str, float]]":
+    """What `dual.probes` asks for: recall, and the verdicts of those judges that there are."""
+    from hominem_mlx.data import dataset
+    from hominem_mlx.errors import InputError
+    from hominem_mlx.evaluation.looks import looker
+    from hominem_mlx.files import read_jsonl
+    from hominem_mlx.policy.memories import learnable
+    from hominem_mlx.records import Preference, SftPair
+    from hominem_mlx.reward.train import fit_audit
+
+    config, base = session.config, session.base  # before the reward model, which may read with it
+    valid = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
+    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
+    taught, _ = learnable(memories, safety_low=config.dual.safety_low, safety_high=config.dual.safety_high)
+    judges: dict[str, Scorer] = {}
+    if valid and session.reward_artifact() is not None:
+        judges["reward"] = session.reward_model()
+    labels = session.registry.current("dataset", pointer="labels")
+    if valid and labels is not None:
+        try:
+            judges["audit"] = fit_audit(dataset.read_labels(labels, "valid"), config, home=session.home, lm=base)
+        except InputError as error:
+            session.console.note(f"No audit judge watches, for the validation labels are too few: {error}")
+    return looker([pair.prompt for pair in valid], taught, judges, config)
 
 
 @train.command()
@@ -138,7 +189,10 @@ def full(session: Session) -> None:
 @train.command()
 @shares()
 def rl(session: Session) -> None:
-    """Train an adapter by reinforcement: it answers training prompts, the reward model judges (RLOO).
+    """Train an adapter by reinforcement: it answers training prompts, the reward model judges.
+
+    It learns from all answers (RLOO) or, with rl.method=dpo, from the best and the worst to each prompt; with rl.turns
+    above 1 from whole conversations. rl.conflicts settles what dimensions count that pull against each other.
 
     Guards stop a run that learns to please its judge alone, and keep the last good state; an audit judge fitted on
     validation labels watches. Not used until it was judged: hominem evaluate policy, then hominem artifacts use.

@@ -19,11 +19,12 @@ from hominem_mlx.data import home as homes
 from hominem_mlx.data.split import Texts, split_of, words
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import explain, read_jsonl, read_objects, write_jsonl
-from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair
+from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Thumb
 from hominem_mlx.storage.registry import Artifact, Registry
 
 Counts = dict[str, dict[str, int]]
 Part = Literal["train", "valid"]
+THUMBS = "thumbs.jsonl"
 
 # --- rows come in ---------------------------------------------------------------------------------------------------
 
@@ -145,6 +146,8 @@ class Parts:
 
     labels: dict[Part, list[Label]]
     preferences: dict[Part, list[Preference]]
+    thumbs: list[Thumb]
+    thumbs_left_out: int
     memory: list[SftPair]
     held_labels: list[Label]
     held_preferences: list[Preference]
@@ -172,6 +175,10 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
         write_jsonl(draft.folder / "memory.jsonl", parts.memory)
         if given:
             write_jsonl(draft.folder / "preferences.jsonl", _by_id(given))
+        if parts.thumbs:
+            write_jsonl(draft.folder / THUMBS, parts.thumbs)
+        if parts.thumbs or parts.thumbs_left_out:
+            draft.metrics |= {"thumbs": len(parts.thumbs), "thumbs_left_out": parts.thumbs_left_out}
         draft.metrics |= {"labels": len(learnable), "memory": len(parts.memory), "preferences": len(given)}
     raw = draft.published
     with registry.draft("dataset", parents=[raw], config={"holds": "labels"}) as draft:
@@ -180,6 +187,8 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
             if given:
                 write_jsonl(draft.folder / f"preferences.{part}.jsonl", parts.preferences[part])
             draft.metrics[part] = len(parts.labels[part])
+        if parts.thumbs:
+            write_jsonl(draft.folder / THUMBS, parts.thumbs)
         write_jsonl(draft.folder / "memory.jsonl", parts.memory)
     labels = draft.published
     with registry.draft("suite") as draft:
@@ -205,11 +214,12 @@ def sort_rows(home: Path) -> Parts:
     """Every row of a home in its place.
 
     A prompt's id decides its split. Learnable prompts that say nearly the same under different ids go to `valid`
-    together when one of them is there. Held-out rows that repeat a learnable text are left out.
+    together when one of them is there. Held-out rows that repeat a learnable text are left out. Thumbs are only
+    learnt from: those about other prompts than training ones are left out and counted.
     """
-    labels, preferences = homes.read(home, Label), homes.read(home, Preference)
+    labels, preferences, thumbs = homes.read(home, Label), homes.read(home, Preference), homes.read(home, Thumb)
     memory = _by_id(homes.read(home, SftPair))
-    everything: list[Label | Preference] = [*labels, *preferences]
+    everything: list[Label | Preference | Thumb] = [*labels, *preferences, *thumbs]
     scored = [row for row in everything if split_of(row.prompt_id) != "test"]
     valid = _valid_prompts(scored)
     learnt = Texts([*sorted({row.prompt for row in scored}), *(row.instruction for row in memory)])
@@ -233,7 +243,8 @@ def sort_rows(home: Path) -> Parts:
             "valid": [row for row in mine if row.prompt in valid],  # type: ignore[attr-defined]
         }
 
-    taught = {_said(row.instruction) for row in memory}
+    learnt_thumbs = learnable(thumbs)["train"]
+    taught = {_said(row.instruction) for row in memory} | {_said(row.prompt) for row in learnt_thumbs}
     recall = []
     for question in _by_id(homes.read(home, RecallQuestion)):
         if _said(question.question) in taught:
@@ -243,6 +254,8 @@ def sort_rows(home: Path) -> Parts:
     return Parts(
         labels=learnable(labels),
         preferences=learnable(preferences),
+        thumbs=learnt_thumbs,
+        thumbs_left_out=len(thumbs) - len(learnt_thumbs),
         memory=memory,
         held_labels=held(labels),
         held_preferences=held(preferences),
@@ -252,7 +265,7 @@ def sort_rows(home: Path) -> Parts:
     )
 
 
-def _valid_prompts(rows: Sequence[Label | Preference]) -> set[str]:
+def _valid_prompts(rows: Sequence[Label | Preference | Thumb]) -> set[str]:
     """Prompt texts that belong to `valid`: by their id, or because they nearly repeat one that does."""
     texts = sorted({row.prompt for row in rows})
     valid = {row.prompt for row in rows if split_of(row.prompt_id) == "valid"}
@@ -289,6 +302,12 @@ def read_given(artifact: Artifact, part: Part) -> list[Preference]:
     """The pairs people handed in, of one part of a "labels" dataset."""
     path = artifact.folder / f"preferences.{part}.jsonl"
     return read_jsonl(path, Preference, may_be_empty=True) if path.exists() else []
+
+
+def read_thumbs(artifact: Artifact) -> list[Thumb]:
+    """The single verdicts of a dataset."""
+    path = artifact.folder / THUMBS
+    return read_jsonl(path, Thumb) if path.exists() else []
 
 
 def read_memory(artifact: Artifact) -> list[SftPair]:

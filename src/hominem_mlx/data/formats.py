@@ -1,27 +1,28 @@
 """Rows as people and neighbouring tools write them, read as our records. One row at a time, by its keys.
 
 Known: our own rows; {prompt, completion} and {messages} of mlx-lm, a pair for each of its replies; {prompt, chosen,
-rejected} of TRL and mlx-lm-lora, as strings or as single messages.
+rejected} of TRL and mlx-lm-lora and {prompt, completion, label} of TRL, as strings or as single messages.
 """
 
 from typing import Any
 
 from hominem_mlx.data import home as homes
-from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Trajectory
+from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Thumb, Trajectory
 
 KINDS: dict[str, type[Record]] = {
     "prompts": Prompt,
     "trajectories": Trajectory,
     "labels": Label,
     "preferences": Preference,
+    "thumbs": Thumb,
     "memory": SftPair,
     "recall": RecallQuestion,
     "fixtures": Fixture,
 }
 FIXTURE_KEYS = {"must_contain", "must_not_contain", "better", "worse"}
 ONE_EXCHANGE = (
-    "preferences are judged and learnt as one user message and two replies to it: keep the last user message alone, if "
-    "it can be understood so, or leave the row out"
+    "preferences and thumbs are judged and learnt as one user message and replies to it: keep the last user message "
+    "alone, if it can be understood so, or leave the row out"
 )
 
 
@@ -32,6 +33,8 @@ def kind_of(row: dict[str, Any]) -> str | None:
         return "labels"
     if {"chosen", "rejected"} & keys:
         return "preferences"
+    if {"prompt", "response", "good"} <= keys or ({"prompt", "completion"} <= keys and _is_verdict(row.get("label"))):
+        return "thumbs"
     if "messages" in keys or {"prompt", "completion"} <= keys or {"instruction", "response"} <= keys:
         return "memory"
     if "fact_id" in keys and "question" in keys:
@@ -60,6 +63,8 @@ def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -
         return [homes.identified(SftPair.model_validate(pair)) for pair in _memories(row)]
     if kind == "preferences":
         row = _preference(row)
+    elif kind == "thumbs":
+        row = _thumb(row)
     elif kind in ("labels", "trajectories") and isinstance(row.get("prompt"), str):
         row.setdefault("prompt_id", homes.prompt_id(row["prompt"]))
         row.setdefault("id", _derived(kind, row))
@@ -78,6 +83,11 @@ def _derived(kind: str, row: dict[str, Any]) -> str:
 
 def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The pairs of a row. Every reply of a conversation is one, with all that was said before it as its history."""
+    if _is_verdict(row.get("label")) and not row["label"]:
+        raise ValueError(
+            f"label = {row['label']}: a reply that was not liked is nothing to remember; import "
+            '{"prompt", "completion", "label"} with label true or false as thumbs, or leave the row out'
+        )
     if "messages" in row:
         turns = _turns(row["messages"], "messages")
         if not turns or [turn.get("role") for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
@@ -97,6 +107,28 @@ def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "completion" in row and "instruction" not in row:
         return [{**row, "instruction": row.get("prompt"), "response": row["completion"]}]
     return [row]
+
+
+def _is_verdict(label: object) -> bool:
+    """Whether a `label` says liked or not (some write 1 and 0), and is not the name of some class."""
+    return isinstance(label, bool | int | float) and label in (0, 1)
+
+
+def _thumb(row: dict[str, Any]) -> dict[str, Any]:
+    """Response and good in place of TRL's completion and label, and strings in place of single messages."""
+    row = dict(row)
+    for name, theirs in (("response", "completion"), ("good", "label")):
+        if theirs in row:
+            row.setdefault(name, row[theirs])
+    if _is_verdict(row.get("good")):
+        row["good"] = bool(row["good"])
+    for name, role in (("prompt", "user"), ("response", "assistant")):
+        if isinstance(row.get(name), list):
+            turns = _turns(row[name], name)
+            if [turn.get("role") for turn in turns] != [role]:
+                raise ValueError(f"{name} holds the roles {_roles(turns)}; {ONE_EXCHANGE}")
+            row[name] = turns[0].get("content")
+    return row
 
 
 def _turns(messages: object, name: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from hominem_mlx.records import (
     RecallQuestion,
     Record,
     SftPair,
+    Thumb,
     Trajectory,
 )
 
@@ -28,6 +29,7 @@ FILES: dict[type[Record], str] = {
     Trajectory: "data/raw/trajectories.jsonl",
     Label: "data/labeled/reward_samples.jsonl",
     Preference: "data/preferences/preferences.jsonl",
+    Thumb: "data/preferences/thumbs.jsonl",
     SftPair: "data/sft/sft_training.jsonl",
     RecallQuestion: "data/raw/recall.jsonl",
     Fixture: "data/raw/fixtures.jsonl",
@@ -96,7 +98,7 @@ def _earlier(row: Record) -> list[str]:
 
 def place(row: Record) -> tuple[str, ...]:
     """What a row is about: two rows with one place are two opinions on the same thing."""
-    if isinstance(row, Label):
+    if isinstance(row, Label | Thumb):
         return (row.prompt, row.response)
     if isinstance(row, Preference):
         return (row.prompt, *sorted((row.chosen, row.rejected)))

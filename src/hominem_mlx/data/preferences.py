@@ -169,7 +169,7 @@ def pair(
     reward_model: Artifact | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
-    """The dataset of preference pairs and memory pairs, made current under the pointer "pairs".
+    """The dataset of preference pairs, single thumbs and memory pairs, made current under the pointer "pairs".
 
     Args:
         registry: where it goes.
@@ -179,7 +179,8 @@ def pair(
         reward_model: the artifact behind the scorer, a parent then.
         progress: called per chunk of prompts.
 
-    Raises: InputError when there is not one training pair, ConfigError when on-policy pairs lack judge or student.
+    Raises: InputError when there is neither a training pair nor a thumb, ConfigError when on-policy pairs lack judge or
+        student.
     """
     settings = config.pairs
     pairs = {
@@ -200,7 +201,8 @@ def pair(
         pairs["train"] += made
         parents += [reward_model] if reward_model is not None else []
         inputs["generator"] = str(getattr(generator, "hash", None) or getattr(generator, "name", "unnamed"))
-    if not pairs["train"]:
+    thumbs = dataset.read_thumbs(labels)
+    if not pairs["train"] and not thumbs:
         raise InputError(
             f"no two training replies to one prompt differ by pairs.min_margin = {settings.min_margin:g} or more: "
             "label more replies a prompt, or lower it"
@@ -219,6 +221,9 @@ def pair(
         write_jsonl(draft.folder / "memory.jsonl", memory)
         write_jsonl(draft.folder / "anchors.jsonl", anchors)
         draft.metrics |= {"memory": len(memory), "anchors": len(anchors)}
+        if thumbs:
+            write_jsonl(draft.folder / dataset.THUMBS, thumbs)
+            draft.metrics["thumbs"] = len(thumbs)
     registry.use(draft.published, pointer="pairs")
     return draft.published
 

@@ -148,9 +148,8 @@ def drift(
     Returns: `KL(policy || base)` in nats, exact over the whole vocabulary, summed over each answer's tokens `[N]`, and
         the number of these tokens `[N]`.
     """
-    end = lm.tokenizer.eos_token_id
     rows = [
-        Row(lm.prompt_tokens(prompt, system=config.student.system), [*answer.tokens, *([end] * answer.finished)])
+        Row(lm.prompt_tokens(prompt, system=config.student.system), lm.answer_tokens(answer))
         for prompt, answer in zip(prompts, said, strict=True)
     ]
     logprobs = LogProbs(lm)
@@ -192,5 +191,5 @@ def _chunks(rows: Sequence[Row], tokens: int) -> Iterator[list[int]]:
 
 
 def _vocabulary(lm: LanguageModel) -> int:
-    probe = LogProbs(lm).logits(collate([Row(lm.prompt_tokens("hello"), [lm.tokenizer.eos_token_id])]))
+    probe = LogProbs(lm).logits(collate([Row(lm.prompt_tokens("hello"), [lm.end_of_turn])]))
     return probe.shape[-1]

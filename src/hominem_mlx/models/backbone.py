@@ -1,10 +1,12 @@
 """A language model as this library uses it: loaded by mlx-lm, with its chat template, hidden states and identity."""
 
+import functools
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +22,7 @@ from hominem_mlx.models import lora, platform, sampling
 from hominem_mlx.storage.registry import METADATA, Registry
 
 STARTER = Path(__file__).parents[1] / "starter" / "student"
+THOUGHT = ("<think>", "</think>")  # around thoughts, where the tokenizer has no tags of its own
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # configuration and tokenizer
 
 
@@ -56,23 +59,76 @@ class LanguageModel:
     # --- text to tokens --------------------------------------------------------------------------------------------
 
     def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """A conversation up to and including the header of the assistant's next turn."""
-        return self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, enable_thinking=False)
+        """A conversation up to and including the header of the assistant's next turn.
+
+        Its replies come without their thoughts, and the next one is to come without any.
+        """
+        return self._templated(messages, add_generation_prompt=True)
 
     def prompt_tokens(
         self, prompt: str, *, system: str | None = None, history: Sequence[dict[str, str]] = ()
     ) -> list[int]:
         """A user message after its history, ready to be answered. Training and generation both come through here."""
-        messages = [{"role": "system", "content": system}] if system else []
-        return self.chat_tokens([*messages, *history, {"role": "user", "content": prompt}])
+        return self.chat_tokens(conversation(prompt, system=system, history=history))
 
     def response_tokens(self, response: str) -> list[int]:
-        """A reply and the token that ends it.
+        """What is said in a reply, without its thoughts, and the token that ends a turn.
 
         Encoded apart from the prompt: so it is when the model speaks, and so both sides of a pair share the very same
         prompt tokens.
         """
-        return [*self.tokenizer.encode(response, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return [*self.tokenizer.encode(self.spoken(response), add_special_tokens=False), self.end_of_turn]
+
+    @functools.cached_property
+    def end_of_turn(self) -> int:
+        """The token that the chat template puts after a reply.
+
+        Several tokens may end an answer, and the tokenizer's `eos_token` may be the one that ends a document.
+        """
+        said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+        text = self._templated(said, add_generation_prompt=False, tokenize=False)
+        after = self.tokenizer.encode(text.rpartition("hello")[2], add_special_tokens=False)
+        ends = [token for token in after if token in self.tokenizer.eos_token_ids]
+        return ends[0] if ends else self.tokenizer.eos_token_id
+
+    def spoken(self, reply: str) -> str:
+        """A reply without its thoughts, which may be all of it; one without any comes back as it is.
+
+        The chat template is told that nothing is thought, so a thought would follow a prompt after which none ever
+        comes. A thought that the prompt had opened lacks its first tag, one that was cut short its last.
+        """
+        start, end = (
+            tag or usual
+            for tag, usual in zip((self.tokenizer.think_start, self.tokenizer.think_end), THOUGHT, strict=True)
+        )
+        before, closed, rest = reply.partition(end)
+        if not closed:
+            return "" if reply.lstrip().startswith(start) else reply
+        thought = rf"{re.escape(start)}.*?({re.escape(end)}|\Z)\s*"
+        return re.sub(thought, "", reply if start in before else rest, flags=re.DOTALL).strip()
+
+    def is_reply_after_prompt(self, messages: Sequence[dict[str, str]], reply: str) -> bool:
+        """Whether the chat template writes an answered conversation as what `chat_tokens` reads and then the reply.
+
+        If not, a reply learnt after that prompt is not one that the model was made to give there: some templates open a
+        thought and cannot be told to leave it. Compared as texts, since replies are encoded apart from prompts, and
+        white space around a reply is the template's own affair.
+        """
+        prompt = self._templated(messages, add_generation_prompt=True, tokenize=False)
+        answered = [*messages, {"role": "assistant", "content": reply}]
+        whole = self._templated(answered, add_generation_prompt=False, tokenize=False)
+        return whole.startswith(prompt) and whole[len(prompt) :].lstrip().startswith(self.spoken(reply).strip())
+
+    def _templated(self, messages: Sequence[dict[str, str]], **how: Any) -> Any:
+        said = [
+            {**message, "content": self.spoken(message["content"])} if message["role"] == "assistant" else message
+            for message in messages
+        ]
+        return self.tokenizer.apply_chat_template(said, enable_thinking=False, **how)
+
+    def answer_tokens(self, answer: sampling.Answer) -> list[int]:
+        """An answer of its own as it was drawn, and the token that ended it where it came to an end."""
+        return [*answer.tokens, *[self.end_of_turn] * answer.finished]
 
     # --- tokens to numbers -----------------------------------------------------------------------------------------
 
@@ -134,6 +190,14 @@ class LanguageModel:
             raw = value if value.dtype != mx.bfloat16 else value.view(mx.uint16)
             digests[name] = sha256_bytes(memoryview(raw).tobytes())
         return sha256_json(digests)
+
+
+def conversation(
+    prompt: str, *, system: str | None = None, history: Sequence[dict[str, str]] = ()
+) -> list[dict[str, str]]:
+    """A user message after its history as messages of a chat."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *history, {"role": "user", "content": prompt}]
 
 
 class _Recorder:

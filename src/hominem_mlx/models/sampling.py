@@ -62,13 +62,19 @@ def answers(
     seed: int,
     each: int = 1,
     system: str | None = None,
+    histories: Sequence[Sequence[dict[str, str]]] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """`generate` for those who need to know how an answer ended, or want several.
+    """`generate` for those who need to know how an answer ended, or want several, or go on with conversations.
 
     With `each` above 1 that many answers to a prompt come one after the other, and the prompt is read once for all.
+    `histories` has what was said before each prompt.
     """
-    token_rows = [lm.prompt_tokens(prompt, system=system) for prompt in prompts]
+    before = histories or [()] * len(prompts)
+    token_rows = [
+        lm.prompt_tokens(prompt, system=system, history=history)
+        for prompt, history in zip(prompts, before, strict=True)
+    ]
     found: list[Answer] = []
     together = max(1, BATCH // each)
     with seeded(seed):

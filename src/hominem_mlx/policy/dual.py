@@ -2,7 +2,8 @@
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
-plus, where asked for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps
+plus, where there are single thumbs, their KTO loss as a part of the preference channel (`thumbs.py`); and, where asked
+for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps
 memories from changing everything else.
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
@@ -13,6 +14,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,19 +25,21 @@ from mlx.utils import tree_flatten
 from hominem_mlx import losses
 from hominem_mlx.config import Config, DualConfig
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import lock, read_jsonl, sha256_json
+from hominem_mlx.files import lock, read_jsonl, sha256_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.policy.memories import Memories, gate, learnable
-from hominem_mlx.records import Preference, SftPair, Turn
+from hominem_mlx.policy.memories import Memories, MemoryBatch, gate, learnable
+from hominem_mlx.policy.thumbs import Thumbs, learnable_thumbs
+from hominem_mlx.records import Preference, SftPair, Thumb, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import blend, footprint
 from hominem_mlx.training.budget import Budget, Fit, Lessons
 from hominem_mlx.training.costs import TOTAL, Costs, Estimate, Picks, heaviest, shown
+from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import READ_AT_ONCE, LogProbs, reference_logprobs
-from hominem_mlx.training.loop import Channel, Plan, as_stage
+from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Order, Row, Rows, by_prompt, to_row
+from hominem_mlx.training.rows import Order, Row, Rows, Said, by_prompt, spoken, to_row
 from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
@@ -78,6 +82,7 @@ def train(
     *,
     lm: LanguageModel,
     on_top_of: Artifact | None = None,
+    look: Callable[[LanguageModel], dict[str, float]] | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
@@ -89,8 +94,11 @@ def train(
         lm: the base, without an adapter; it is handed back without one.
         on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
             this one is the reference.
+        look: what else to measure every `dual.eval_every` steps and before the first, by name; the model comes with the
+            adapter on and must be left as it is. It is only noted: what is kept, and when to stop, hang on held-out
+            pairs alone.
 
-    Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
+    Returns: the `lora` artifact, with all looks in its metrics.jsonl. Not yet `current`: that is for whoever judged it.
     Raises: TrainingError when there is nothing to learn from, when `dual.memory_gb` is not enough in any way, or when
         the loss stops being finite.
     """
@@ -101,6 +109,9 @@ def train(
     anchors = []
     if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
         anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
+    thumbs = []
+    if settings.thumb_weight and (pairs.folder / "thumbs.jsonl").exists():
+        thumbs = read_jsonl(pairs.file("thumbs.jsonl"), Thumb, unique=None, may_be_empty=True)
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json", exclude={"memory_gb"}), **identity}
     parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
@@ -113,30 +124,39 @@ def train(
     ):
         material = Material(lm, settings, config.student.system, progress, limit)
         mx.reset_peak_memory()
-        channels = material.channels(preferences, memories, anchors)
-        look_at = material.validation(validation)
+        preferences, validation = material.spoken(preferences), material.spoken(validation)
+        memories, anchors = material.spoken(memories), material.spoken(anchors)
+        channels = material.channels(preferences, memories, anchors, material.spoken(thumbs))
+        validate = material.validation(validation)
         keys = material.targets([channel.weight for channel in channels])
         directions = material.head_directions()
         lora.attach(lm, material.shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
+        before = look(lm) if look else {}
+
+        def measure(step: int) -> dict[str, float]:
+            return {**(validate(step) if validate else {}), **(look(lm) if look else {})}
+
         summary = run_loop(
             lm.model,
             channels,
             material.plan(preferences, memories),
             run,
-            evaluate=look_at,
-            should_stop=material.displaced,
+            evaluate=measure if validate or look else None,
+            should_stop=material.watch(run),
             progress=as_stage(progress),
         )
+        kept_step = (take_back(lm.model, run) if settings.keep == "best" else None) or summary["steps"]
         with registry.draft(
             "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, material.shape)
             if sketches := material.sketches(validation):
                 write_sketches(sketches, draft.folder)
-            material.counts["memory"]["peak_gb"] = mx.get_peak_memory() / footprint.GB
-            draft.metrics = {"training": summary, **material.counts}
+            if looks := [{"step": 0, **before}] * bool(before) + summary["evaluations"]:
+                write_jsonl(draft.folder / METRICS, looks)
+            draft.metrics = {"training": summary, "before": before, "kept_step": kept_step, **material.counts}
             draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
@@ -163,10 +183,15 @@ class Material:
         self.shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
         self.micro_batches = 1
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
+        self.valued_rows: list[Row] = []  # replies of pairs and thumbs
         self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
 
     def channels(
-        self, preferences: Sequence[Preference], memories: Sequence[SftPair], anchors: Sequence[SftPair] = ()
+        self,
+        preferences: Sequence[Preference],
+        memories: Sequence[SftPair],
+        anchors: Sequence[SftPair] = (),
+        thumbs: Sequence[Thumb] = (),
     ) -> list[Channel]:
         """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
         settings = self.settings
@@ -181,53 +206,99 @@ class Material:
             },
             "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
         }
+        judged, worth = learnable_thumbs(thumbs, safety_low=settings.safety_low, safety_high=settings.safety_high)
+        if thumbs:
+            self.counts["thumbs"] = {"given": len(thumbs), "refused_by_gate": len(thumbs) - len(judged)}
         learnt = (len(kept), len(pairs) + len(unsafe))
         weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
         if settings.ideal_memories or settings.ideal_pairs:
             weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
+        thumb_weight = settings.thumb_weight * bool(judged)
+        if weights[1]:  # few thumbs have their turn often: one counts like a pair, and all no more than all pairs
+            thumb_weight *= weights[1] * min(1.0, len(judged) / learnt[1])
+        else:  # without pairs thumbs are the preference channel
+            weights[1] = thumb_weight = settings.preference_weight * thumb_weight
         if sum(weights) == 0:
             raise TrainingError(
-                "there is nothing to learn from: no memory and no preference pair is left "
+                "there is nothing to learn from: no memory, no preference pair and no thumb is left "
                 f"({self.counts}); look at the data with `hominem data stats` or change the weights"
             )
         self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
         self.num_memories, self.num_pairs = (rows * bool(weight) for rows, weight in zip(learnt, weights))
+        self.num_thumbs = len(judged) * bool(thumb_weight)
         may_move: dict[str, Callable[[str], bool]] = {
             "linear": lambda name: not lora.is_head(name),
             "head": lora.is_head,
             "all": lambda name: True,
         }
         memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
-        rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
+        rows = [
+            self._row(lesson.instruction, lesson.response, lesson.history or (), name=f"memory {lesson.id}")
+            for lesson in kept
+        ]
         lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
-        self.pair_rows, sides = self._replies([*pairs, *unsafe])
+        pair_rows, sides = self._replies([*pairs, *unsafe])
         # a prompt's pairs come together: they share replies, and each reply is computed once a step
         prompts = [pair.prompt for pair in (*pairs, *unsafe)]
         pair_order = Order(len(prompts), settings.batch_pairs, settings.seed, groups=prompts)
+        verdicts = self._thumbs(judged, worth) if thumb_weight else None
+        self.valued_rows = [*pair_rows, *(verdicts.rows if verdicts else ())]
         said: set[tuple[str, str]] = set()
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
-        held_rows = [self._row(prompt, reply) for prompt, reply in sorted(said)]
+        held_rows = [self._row(*side, name="a reply that the anchor holds") for side in sorted(said)]
         held_order = Order(len(held_rows), settings.batch_anchors, settings.seed + 2)
-        steps = self.plan(preferences, memories).steps
-        may_be = [
-            (weights[0], Lessons(lessons.order, rows, steps, settings.memory_targets)),
-            (weights[1], Lessons(pair_order, self.pair_rows, steps, settings.preference_targets, sides=sides)),
-            (len(held_rows), Lessons(held_order, held_rows, steps, settings.memory_targets, words=False)),
-        ]
-        taught = [each for weight, each in may_be if weight]
-        self._fit_in(taught, self.targets(weights), [*rows, *self.pair_rows, *held_rows])
-        lessons.micro_batches = self.micro_batches
-        pair_batches = self._pair_batches(pairs, gates, unsafe, sides, pair_order)
-        channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, size=lessons.size),
-            Channel("preference", weights[1], pair_batches, self._pair_loss, preference, size=_num_pairs),
-        ]
+        steps, taught = self.plan(preferences, memories).steps, []
+        if weights[0]:
+            taught.append(Lessons(lessons.order, rows, steps, settings.memory_targets))
+        if self.num_pairs:
+            taught.append(Lessons(pair_order, pair_rows, steps, settings.preference_targets, sides=sides))
+        if verdicts:
+            valued = (verdicts.order, verdicts.rows, steps, settings.preference_targets)
+            taught.append(Lessons(*valued, beside=verdicts.strange))
         if held_rows:
-            batches = self._anchor_batches(held_rows, held_order)
+            taught.append(Lessons(held_order, held_rows, steps, settings.memory_targets, words=False))
+        strange = verdicts.strange.values() if verdicts else ()
+        self._fit_in(taught, self.targets(weights), [*rows, *self.valued_rows, *strange, *held_rows])
+        lessons.micro_batches = self.micro_batches
+        pair_batches = self._pair_batches(pairs, gates, unsafe, pair_rows, sides, pair_order)
+        channels = [
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, size=lessons.size, tokens=_tokens),
+            Channel(
+                "preference", weights[1], pair_batches, self._pair_loss, preference, size=_num_pairs, tokens=_tokens
+            ),
+        ]
+        if verdicts:
+            verdicts.begin(self.micro_batches, lambda rows: self._references(rows, "thumbs reference"))
+            term = Channel(
+                "thumb",
+                thumb_weight,
+                verdicts.batch_at,
+                verdicts.loss,
+                preference,
+                follows="preference",
+                size=verdicts.size,
+                tokens=_tokens,
+            )
+            if self.num_pairs:
+                channels.append(term)
+            else:
+                channels[1] = dataclasses.replace(term, name="preference", follows="")
+        if held_rows:
             held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
-            channels.append(Channel("anchor", held, batches, self._anchor_loss, memory, "memory", _squared_states))
+            channels.append(
+                Channel(
+                    "anchor",
+                    held,
+                    self._anchor_batches(held_rows, held_order),
+                    self._anchor_loss,
+                    memory,
+                    follows="memory",
+                    size=_squared_states,
+                    tokens=_tokens,
+                )
+            )
         return channels
 
     def targets(self, weights: Sequence[float]) -> list[str]:
@@ -241,11 +312,11 @@ class Material:
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
     def head_directions(self) -> mx.array | None:
-        """`strongest_directions` of the pairs' replies; None where the output layer is left free, or without pairs."""
-        if not (self.settings.head_rank and self.pair_rows):
+        """`strongest_directions` of replies of pairs and thumbs; None without any, and where the head is free."""
+        if not (self.settings.head_rank and self.valued_rows):
             return None
         rank = min(self.settings.head_rank, self.settings.rank)
-        return strongest_directions(self.logprobs, self.pair_rows, rank, batch=self._at_once(self.pair_rows))
+        return strongest_directions(self.logprobs, self.valued_rows, rank, batch=self._at_once(self.valued_rows))
 
     def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
         """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
@@ -272,7 +343,7 @@ class Material:
         settings, weights = self.settings, self.counts["weights"]
         batches = {
             "memory": -(-self.num_memories // settings.batch_memories),
-            "preference": -(-self.num_pairs // settings.batch_pairs),
+            "preference": max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_thumbs // settings.batch_thumbs)),
         }
         steps = settings.epochs * max(batches.values())
         if settings.blend == "alternate":  # a channel has its share of the steps only
@@ -362,12 +433,24 @@ class Material:
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
-    def _row(self, prompt: str, response: str, history: Sequence[Turn] | None = None) -> Row:
+    def spoken(self, rows: Sequence[Said]) -> list[Said]:
+        """Those in whose every reply something is said; the others are left out and counted."""
+        kept = spoken(self.lm, rows)
+        self._count("all_thoughts", len(rows) - len(kept))
+        return kept
+
+    def _row(self, prompt: str, response: str, history: Sequence[Turn] = (), *, name: str) -> Row:
         longest = self.settings.max_tokens
-        row, lost = to_row(self.lm, prompt, response, history=history or (), system=self.system, max_tokens=longest)
-        if lost:
-            self.counts["cut_responses"] = self.counts.get("cut_responses", 0) + 1
+        row, lost = to_row(
+            self.lm, prompt, response, history=history, system=self.system, max_tokens=longest, name=name
+        )
+        self._count("cut_responses", lost > 0)
+        self._count("thoughts_left_out", self.lm.spoken(response) != response)
         return row
+
+    def _count(self, name: str, number: int) -> None:
+        if number:
+            self.counts[name] = self.counts.get(name, 0) + number
 
     def _gate(self, safety: float) -> float:
         return gate(safety, low=self.settings.safety_low, high=self.settings.safety_high)
@@ -380,18 +463,26 @@ class Material:
 
     def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
         """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
-        sides = [(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)]
-        places = {side: place for place, side in enumerate(dict.fromkeys(sides))}
-        return [self._row(*side) for side in places], np.array([places[side] for side in sides], int).reshape(-1, 2).T
+        sides = {(pair.prompt, reply): pair.id for pair in pairs for reply in (pair.chosen, pair.rejected)}
+        rows = [self._row(*side, name=f"pair {pair}") for side, pair in sides.items()]
+        places = {side: place for place, side in enumerate(sides)}
+        both = [places[pair.prompt, reply] for pair in pairs for reply in (pair.chosen, pair.rejected)]
+        return rows, np.array(both, int).reshape(-1, 2).T
 
     def _pair_batches(
-        self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference], sides: np.ndarray, order: Order
+        self,
+        pairs: list[Preference],
+        gates: np.ndarray,
+        unsafe: list[Preference],
+        rows: list[Row],
+        sides: np.ndarray,
+        order: Order,
     ) -> Callable[[int], PairBatch | None]:
-        """Batches of these pairs; `sides` and `pair_rows` are what `_replies` made of them."""
+        """Batches of these pairs; `rows` and `sides` are what `_replies` made of them."""
         chosen, rejected = sides
         unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
         pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
-        reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
+        reference = self._references(rows, "reference") if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
@@ -399,7 +490,7 @@ class Material:
         target = np.array([pair.target for pair in pairs], np.float32)
         margin = self._margins(pairs)
         if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
-            lengths = np.array([len(row.response) for row in self.pair_rows], np.float32)
+            lengths = np.array([len(row.response) for row in rows], np.float32)
             likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
             self.usual_likelihood = max(likely.mean().item(), 1e-30)
 
@@ -410,7 +501,7 @@ class Material:
             replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
             places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
-                self.logprobs.collate([self.pair_rows[i] for i in replies]),
+                self.logprobs.collate([rows[i] for i in replies]),
                 mx.array(reference[replies]),
                 mx.array(places[0]),
                 mx.array(places[1]),
@@ -433,6 +524,24 @@ class Material:
                     "make pairs from labels (`hominem data pair`), or take dual.loss = dpo"
                 )
         return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
+
+    def _thumbs(self, judged: Sequence[Thumb], worth: np.ndarray) -> Thumbs:
+        settings = self.settings
+        if settings.loss == "simpo":
+            raise TrainingError(
+                f"dual.loss = simpo has a beta of tokens, and the {len(judged)} single thumbs need one of replies: "
+                "take another dual.loss, or leave thumbs out with dual.thumb_weight = 0"
+            )
+        return Thumbs(
+            self.logprobs,
+            [self._row(thumb.prompt, thumb.response, name=f"thumb {thumb.id}") for thumb in judged],
+            np.array([thumb.good for thumb in judged]),
+            worth,
+            max_tokens=settings.max_tokens,
+            beta=settings.beta,
+            batch=settings.batch_thumbs,
+            seed=settings.seed + 3,
+        )
 
     def _anchor_batches(self, rows: list[Row], order: Order) -> Callable[[int], AnchorBatch | None]:
         def batch_at(step: int) -> AnchorBatch | None:
@@ -550,12 +659,47 @@ class Material:
                 self.progress({"stage": "sketching", "done": pair + 1, "total": count})
         return Sketches(np.stack(gradients), margins, picked)
 
-    def displaced(self, measured: dict[str, float]) -> str | None:
-        """The reason to stop when chosen replies became much less likely than they were (likelihood displacement)."""
-        limit = self.settings.max_displacement
-        if limit and measured["valid_displacement"] < -limit:
-            return f"chosen replies lost {-measured['valid_displacement']:.2f} nats a token (limit {limit})"
-        return None
+    def watch(self, run: Path) -> Callable[[Sequence[Look]], str | None]:
+        """A function of the looks so far that tells why to stop now, or None; it keeps the best adapter if asked to.
+
+        Chosen replies that became much less likely than they were (likelihood displacement) are always a reason, and
+        such an adapter is never kept as the best. Where no preferences are learnt, or none are held back, no look is
+        better than another: `dual.keep` and `dual.patience` then change nothing.
+        """
+        settings = self.settings
+
+        def should_stop(looks: Sequence[Look]) -> str | None:
+            newest, limit = looks[-1], settings.max_displacement
+            if "valid_accuracy" not in newest:
+                return None
+            if limit and newest["valid_displacement"] < -limit:
+                return f"chosen replies lost {-newest['valid_displacement']:.2f} nats a token (limit {limit})"
+            if not self.num_pairs:
+                return None
+            best = best_look(looks)
+            if best is newest and settings.keep == "best":
+                keep(self.lm.model, run, newest["step"])
+            since = sum(each["step"] > best["step"] for each in looks)
+            if settings.patience and since >= settings.patience:
+                return f"{since} looks without a better one than that of step {best['step']}"
+            return None
+
+        return should_stop
+
+
+def best_look(looks: Sequence[Look]) -> Look:
+    """The look with most held-out pairs in order; of equals, the one whose chosen replies gained most; then the first.
+
+    Order is what is learnt, but of few pairs it moves in jumps, so ties are common. They are not broken by the loss on
+    those pairs: that also falls when both replies become less likely and only the rejected one does so faster, which
+    is how preference learning goes wrong (Razin et al. 2024, arXiv 2410.08847). What chosen replies gained tells the
+    two apart.
+    """
+    return max(looks, key=lambda look: (look["valid_accuracy"], look["valid_displacement"]))
+
+
+def _tokens(batch: PairBatch | MemoryBatch | AnchorBatch) -> int:
+    return batch.rows.num_tokens
 
 
 @contextlib.contextmanager

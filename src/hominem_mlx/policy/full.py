@@ -26,7 +26,7 @@ from hominem_mlx.training import footprint
 from hominem_mlx.training.logprobs import LogProbs
 from hominem_mlx.training.loop import Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Row, to_row
+from hominem_mlx.training.rows import Row, spoken, to_row
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 1  # goes up when the same settings make another model, so that no run goes on by another recipe
@@ -51,7 +51,8 @@ def train(
     settings, system = config.full, config.student.system
     _refuse_quantised(lm)
     memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
-    kept, weight = learnable(memories, safety_low=settings.safety_low, safety_high=settings.safety_high)
+    said = spoken(lm, memories)
+    kept, weight = learnable(said, safety_low=settings.safety_low, safety_high=settings.safety_high)
     if not kept:
         raise TrainingError(
             f"there is nothing to learn from: {pairs.ref} has {len(memories)} memories, and none may be learnt; bring "
@@ -60,7 +61,8 @@ def train(
     rows, cut = [], 0
     for lesson in kept:
         texts, history = (lesson.instruction, lesson.response), lesson.history or ()
-        row, lost = to_row(lm, *texts, history=history, system=system, max_tokens=settings.max_tokens)
+        name, longest = f"memory {lesson.id}", settings.max_tokens
+        row, lost = to_row(lm, *texts, history=history, system=system, max_tokens=longest, name=name)
         rows.append(row)
         cut += lost > 0
     identity = {"base": lm.hash, "system": system, "recipe": RECIPE}
@@ -85,7 +87,7 @@ def train(
             mx.reset_peak_memory()
             summary = run_loop(
                 lm.model,
-                [Channel("memory", 1.0, batch_at, lessons.loss, size=lessons.size)],
+                [Channel("memory", 1.0, batch_at, lessons.loss, size=lessons.size, tokens=lambda b: b.rows.num_tokens)],
                 _plan(settings, batches),
                 run,
                 evaluate=peak,
@@ -102,7 +104,11 @@ def train(
                 _save(lm, draft.folder)
                 draft.metrics = {
                     "training": summary,
-                    "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
+                    "memories": {
+                        "given": len(memories),
+                        "all_thoughts": len(memories) - len(said),
+                        "refused_by_gate": len(said) - len(kept),
+                    },
                     "cut_responses": cut,
                     "weights": footprint.num_weights(lm),
                     "needed_gb": need.total / footprint.GB,

@@ -1,11 +1,21 @@
-"""Reinforcement by the reward model (RLOO): the student answers, and what does better than its siblings gets likelier.
+"""Reinforcement by the reward model: the student answers, and what does better than its siblings gets likelier.
 
     R = sum_i w_i clip((r_i - mean_i) / sd_i, -3, 3) - c_u u - c_L max(0, length / L0 - 1) - c_KL (log p - log p_base)
     A_j = R_j - mean of R over the other answers to the same prompt          loss = -mean_j A_j log p(answer_j)
 
 Mean, spread and L0 are those of the base's own answers and never change: a moving scale would move the goal. Every
 batch is drawn from the policy as it is and used for one step, so there is no ratio, no clipping, no critic. The base
-is frozen and is the reference. Source: Ahmadian et al. 2024 (arXiv 2402.14740); `science.md` 3.6.
+is frozen and is the reference. Source: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740); `science.md` 3.6.
+
+With `rl.method = "dpo"` the best and the worst answer to a prompt, by the same R, are a pair for one step of DPO
+against the base instead. R then has no term of distance: DPO's beta holds the policy near the base. Source: Guo et al.
+2024, OAIF (arXiv 2402.04792).
+
+Where dimensions pull against each other `rl.conflicts` settles, batch by batch, what each of them weighs in R instead
+of w_i: PCGrad, CAGrad or MGDA on the products of the steps that each of them alone would take.
+
+With `rl.turns` above 1 an answer is a conversation: the user's turns are given, the judge reads it once, at its end,
+and log p is that of all that the assistant said in it. So what is said first is learnt by what comes of it.
 """
 
 import shutil
@@ -15,33 +25,35 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from hominem_mlx import losses
 from hominem_mlx.config import Config, RlConfig
-from hominem_mlx.errors import InputError, TrainingError
-from hominem_mlx.files import lock, read_jsonl, read_objects, replace, sha256_json
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.files import lock, sha256_json, write_jsonl
 from hominem_mlx.metrics import distinct2
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.models.sampling import Answer, answers
 from hominem_mlx.policy.dual import strongest_directions
-from hominem_mlx.records import Label
+from hominem_mlx.policy.episodes import Played, Talk, play, to_play
+from hominem_mlx.policy.guards import apart, complaints, story
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
+from hominem_mlx.training import conflicts
+from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
-from hominem_mlx.training.loop import METRICS, Channel, Plan, as_stage
+from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
+from hominem_mlx.training.sketch import sketch
 
 Progress = Callable[[dict[str, Any]], None]
-Look = dict[str, Any]  # what was measured at one step, by name
 RECIPE = 1  # goes up when the same settings make another adapter, so that no run goes on by another recipe
-KEPT = "kept.safetensors"  # the adapter at the last look that nothing spoke against
 CLIP = 3.0  # standard deviations that one dimension may count, so that none of them buys all the others
 LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
 WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
-APART = 3  # looks in a row, each with a higher reward and a lower audit than the one before
 
 _weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
 WEIGHTS = _weights / _weights.sum()  # of the dimensions, [K]
@@ -97,9 +109,15 @@ class Scale:
         """`u`: how unsure the judge is of each answer `[n]`, in the unit of `R`."""
         return verdicts.doubt * (WEIGHTS / self.spread).sum()
 
-    def reward(self, verdicts: Verdicts, lengths: np.ndarray, settings: RlConfig) -> np.ndarray:
+    def standing(self, verdicts: Verdicts) -> np.ndarray:
+        """Each dimension of each answer `[n, K]`, in standard deviations."""
+        return np.clip((verdicts.value - self.mean) / self.spread, -CLIP, CLIP)
+
+    def reward(
+        self, verdicts: Verdicts, lengths: np.ndarray, settings: RlConfig, weights: np.ndarray = WEIGHTS
+    ) -> np.ndarray:
         """`R` of each answer `[n]`, in standard deviations, but for its term of distance from the base."""
-        value = np.clip((verdicts.value - self.mean) / self.spread, -CLIP, CLIP) @ WEIGHTS
+        value = self.standing(verdicts) @ weights
         too_long = np.maximum(0, lengths / self.length - 1)
         return value - settings.uncertainty_weight * self.doubt(verdicts) - settings.length_weight * too_long
 
@@ -107,13 +125,19 @@ class Scale:
 @dataclass(frozen=True)
 class Rollouts:
     """`B` prompts with `k` answers each, neighbours, and of each answer, `[B, k]`: log p under the base, `R` without
-    its term of distance, how much of it may be learnt, whether it came to an end."""
+    its term of distance, how much of it may be learnt, whether it came to an end.
+
+    For DPO only prompts whose answers could be told apart are here, with k = 2, the better one first. `asked` prompts
+    were answered; `told` is what a step reports of all their answers.
+    """
 
     rows: Rows
     reference: mx.array
     reward: mx.array
     gate: mx.array
     finished: mx.array
+    asked: int
+    told: dict[str, mx.array]
 
 
 def train(
@@ -130,7 +154,8 @@ def train(
     """Train an adapter on its own answers and publish it; a killed run goes on from its last checkpoint.
 
     Args:
-        labels: the "labels" dataset: prompts of its training part are answered, those of its validation part probed.
+        labels: the "labels" dataset: prompts of its training part are answered, those of its validation part probed;
+            with `rl.turns` above 1 conversations among its memories.
         reward_model: the artifact behind `scorer`, a parent.
         config: `config.rl` and `config.student.system` shape the adapter and are part of its identity.
         lm: the base, without an adapter; it is handed back without one.
@@ -139,7 +164,7 @@ def train(
 
     Returns: the `lora` artifact, not yet `current`. Where a guard stopped the run it is the adapter of the last look
         that nothing spoke against, and `metrics` says which and why.
-    Raises: TrainingError when that is the untrained one, or a loss is not finite; InputError without prompts.
+    Raises: TrainingError when that is the untrained one, or a loss is not finite; InputError with nothing to answer.
     """
     settings = config.rl
     judges = {"scorer": scorer.fingerprint(), "audit": audit.fingerprint()}
@@ -149,7 +174,7 @@ def train(
     run = registry.home / "runs" / f"rl-{sha256_json([[parent.hash for parent in parents], resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
         practice = Practice(lm, settings, config.student.system, scorer, audit, run)
-        prompts, probes = _prompts(labels)
+        talks, probes = to_play(labels, settings.turns)
         first = practice.first_look(probes)
         directions = practice.head_directions()
         shape = lora.Shape(settings.rank, settings.scale, 0.0, settings.num_layers)
@@ -160,7 +185,7 @@ def train(
         try:
             summary = run_loop(
                 lm.model,
-                [Channel("rl", 1.0, practice.batches(prompts), practice.loss)],
+                [Channel("rl", 1.0, practice.batches(talks), practice.loss, tokens=lambda b: b.rows.num_tokens)],
                 _plan(settings),
                 run,
                 evaluate=practice.look,
@@ -168,16 +193,18 @@ def train(
                 progress=as_stage(progress),
             )
             kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
+            looks = [first, *summary["evaluations"]]
             with registry.draft(
                 "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
             ) as draft:
                 lora.save_adapter(lm, draft.folder, shape)
+                write_jsonl(draft.folder / METRICS, looks)
                 draft.metrics = {
                     "training": summary,
                     "before": first,
                     "kept_step": kept,
-                    "guards": story([first, *summary["evaluations"]], settings),
-                    "prompts": len(prompts),
+                    "guards": story(looks, settings),
+                    "prompts": len(talks),
                 }
                 draft.notes = {"base": lm.name, "pointer": lm.pointer}
         finally:
@@ -185,19 +212,6 @@ def train(
     registry.audit("train", draft.published.ref, base=lm.name)
     shutil.rmtree(run, ignore_errors=True)
     return draft.published
-
-
-def _prompts(labels: Artifact) -> tuple[list[str], list[str]]:
-    """What is answered to learn, and what is answered to look; the same where there is no validation part."""
-    parts = [
-        sorted({label.prompt for label in read_jsonl(labels.file(f"labels.{part}.jsonl"), Label, may_be_empty=True)})
-        for part in ("train", "valid")
-    ]
-    if not parts[0]:
-        raise InputError(
-            f"{labels.ref} has no training prompt to answer; label some replies, then `hominem data split`"
-        )
-    return parts[0], parts[1] or parts[0]
 
 
 def _plan(settings: RlConfig) -> Plan:
@@ -221,115 +235,142 @@ class Practice:
         self.scorer, self.audit = scorer, audit
         self.logprobs = LogProbs(lm)
 
-    def _answer(self, prompts: Sequence[str], each: int, seed: int) -> tuple[list[str], list[Answer], list[Row]]:
-        """`each` answers a prompt, neighbours: the prompt of each, the answers, and both in tokens."""
-        settings = self.settings
-        said = answers(
-            self.lm,
-            prompts,
-            max_tokens=settings.max_tokens,
-            temperature=1.0,  # any other would draw from something that is not the policy
-            seed=seed,
-            each=each,
-            system=self.system,
-        )
-        asked = [prompt for prompt in prompts for _ in range(each)]
-        end = self.lm.tokenizer.eos_token_id
-        rows = [
-            Row(self.lm.prompt_tokens(prompt, system=self.system), answer.tokens + [end] * answer.finished)
-            for prompt, answer in zip(asked, said, strict=True)
-        ]
-        return asked, said, rows
+    def play(self, talks: Sequence[Talk], each: int, seed: int) -> Played:
+        """`each` episodes a talk, neighbours, of the policy as it is."""
+        return play(self.lm, talks, each=each, max_tokens=self.settings.max_tokens, seed=seed, system=self.system)
 
     # --- learning --------------------------------------------------------------------------------------------------
 
-    def batches(self, prompts: Sequence[str]) -> Callable[[int], Rollouts | None]:
+    def batches(self, talks: Sequence[Talk]) -> Callable[[int], Rollouts | None]:
         """A function of the step: answers of the policy at that step, drawn by seed and step alone, and their worth."""
         settings = self.settings
-        order = Order(len(prompts), settings.batch_prompts, settings.seed)
+        order = Order(len(talks), settings.batch_prompts, settings.seed)
 
         def batch_at(step: int) -> Rollouts | None:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
-            asked, said, rows = self._answer([prompts[i] for i in order.batch(step)], settings.answers, seed)
-            verdicts = Verdicts.of(self.scorer.score_many([(p, answer.text) for p, answer in zip(asked, said)]))
-            gate = losses.safety_gate(mx.array(verdicts.safety), low=settings.safety_low, high=settings.safety_high)
-            if not gate.any():
-                return None
-            with lora.without_adapter(self.lm):
-                reference = reference_logprobs(self.logprobs, rows)
-            reward = self.scale.reward(verdicts, _lengths(rows), settings)
-
-            def grouped(values) -> mx.array:
-                return mx.array(values).reshape(-1, settings.answers)
-
-            return Rollouts(
-                self.logprobs.collate(rows),
-                grouped(reference),
-                grouped(reward.astype(np.float32)),
-                grouped(gate),
-                grouped([answer.finished for answer in said]),
-            )
+            played = self.play([talks[i] for i in order.batch(step)], settings.answers, seed)
+            verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+            limits = {"low": settings.safety_low, "high": settings.safety_high}
+            gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
+            return self._lesson(step, played, verdicts, gate) if gate.any() else None
 
         return batch_at
 
+    def _lesson(self, step: int, played: Played, verdicts: Verdicts, gate: np.ndarray) -> Rollouts | None:
+        """What a step learns of so many answers `[n]`; None where there is nothing."""
+        settings, lengths, finished = self.settings, played.lengths, played.finished
+        told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, WEIGHTS
+        if settings.conflicts != "sum":
+            gram = self.dimension_gram(played.rows, self.scale.standing(verdicts), gate, finished)
+            weights = conflicts.combine(settings.conflicts, gram, WEIGHTS, seed=[settings.seed, step])
+            weights = weights / weights.sum()  # so that doubt, length and distance cost what they did
+            told["opposed"] = (gram[np.triu_indices(len(gram), 1)] < 0).mean()
+        reward = self.scale.reward(verdicts, lengths, settings, weights).astype(np.float32)
+        told["reward"] = reward.mean()
+        places = np.arange(len(reward)).reshape(-1, settings.answers)
+        asked = len(places)
+        if settings.method == "dpo":
+            doubt = self.scale.doubt(verdicts)
+            places = best_and_worst(*(each[places] for each in (reward, doubt, gate, finished)))
+            if not len(places):
+                return None
+            told["pairs"] = len(places)
+        learnt = [row for place in places.reshape(-1) for row in played.rows[place]]
+        with lora.without_adapter(self.lm):
+            reference = reference_logprobs(self.logprobs, learnt)
+        return Rollouts(
+            self.logprobs.collate(learnt),
+            mx.array(reference).reshape(*places.shape, -1).sum(axis=-1),
+            mx.array(reward[places]),
+            mx.array(gate[places]),
+            mx.array(finished[places]),
+            asked=asked,
+            told={name: mx.array(float(value)) for name, value in told.items()},
+        )
+
+    def dimension_gram(
+        self, rows: Sequence[list[Row]], standing: np.ndarray, gate: np.ndarray, finished: np.ndarray
+    ) -> np.ndarray:
+        """Products of the steps that each dimension alone would take, float64 `[K, K]` (`science.md` 3.5).
+
+        A step is linear in its lessons, `g_i = mean_j lesson_ij grad log p(answer_j)`: the gradient of each answer is
+        made once, whatever the number of dimensions, and kept as its count-sketch. The cosines err by a standard
+        deviation of at most 2 %; that touches the weights of the dimensions alone, never the gradient that is applied.
+        Measured on the bundled student, 32 answers, 78 000 weights in the adapter: 1.5 s, a gradient a dimension 2.9 s;
+        cosines off by 0.016 at most, the steps that came of them at a cosine of 0.9995 or more to the exact ones. A
+        sketch takes some 50 ns a weight and answer.
+
+        Args:
+            rows: of each of `n` answers (or conversations), those to a prompt neighbours.
+            standing: of each dimension `[n, K]`; gate, finished `[n]`.
+        """
+
+        def logp(answered: list[Row]) -> mx.array:
+            return self.logprobs(self.logprobs.collate(answered)).sum()
+
+        slope = nn.value_and_grad(self.lm.model, logp)
+        sketched = np.stack([sketch(dict(tree_flatten(slope(answered)[1]))) for answered in rows])
+        allowed, ended = (mx.array(each).reshape(-1, self.settings.answers) for each in (gate, finished))
+        lessons = [
+            lesson(mx.array(each.astype(np.float32)).reshape(ended.shape), allowed, ended) for each in standing.T
+        ]
+        steps = np.array(mx.stack(lessons), np.float64).reshape(len(lessons), -1) @ sketched / len(rows)
+        return steps @ steps.T
+
     def loss(self, batch: Rollouts) -> tuple[mx.array, dict[str, mx.array]]:
-        """`rloo` of a batch, with what a step reports."""
-        loss, gained = rloo(self.logprobs(batch.rows).reshape(batch.reward.shape), batch, self.settings.kl_weight)
-        measured = {
-            "reward": batch.reward.mean(),
-            "gained": gained.mean(),
-            "tokens": batch.rows.lengths.mean(),
-            "finished": batch.finished.mean(),
-        }
-        return loss, measured
+        """The loss of a batch by `rl.method`, with what a step reports."""
+        logp = self.logprobs(batch.rows).reshape(*batch.reward.shape, -1).sum(axis=-1)
+        if self.settings.method == "dpo":
+            loss, gained = dpo(logp, batch, self.settings.beta)
+        else:
+            loss, gained = rloo(logp, batch, self.settings.kl_weight)
+        return loss, {**batch.told, "gained": gained.mean()}
 
     # --- looking ---------------------------------------------------------------------------------------------------
 
-    def first_look(self, prompts: Sequence[str]) -> Look:
+    def first_look(self, talks: Sequence[Talk]) -> Look:
         """The base's own answers to `probes` prompts: they set the scale, and what the guards compare with."""
         settings = self.settings
-        self.each = -(-settings.probes // len(prompts))
-        chosen = np.random.default_rng(settings.seed).permutation(len(prompts))[: -(-settings.probes // self.each)]
-        self.probes = [prompts[i] for i in sorted(chosen)]
-        asked, said, rows = self._answer(self.probes, self.each, settings.seed)
-        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
-        verdicts = Verdicts.of(self.scorer.score_many(pairs))
-        self.scale = Scale.of(verdicts, _lengths(rows))
+        self.each = -(-settings.probes // len(talks))
+        chosen = np.random.default_rng(settings.seed).permutation(len(talks))[: -(-settings.probes // self.each)]
+        self.probes = [talks[i] for i in sorted(chosen)]
+        self.first_played = self.play(self.probes, self.each, settings.seed)
+        verdicts = Verdicts.of(self.scorer.score_many(self.first_played.pairs))
+        self.scale = Scale.of(verdicts, self.first_played.lengths)
         self.most_doubt = float(np.quantile(self.scale.doubt(verdicts), 0.99))
-        self.first = {"step": 0, **self._describe(pairs, said, rows, verdicts), "kl": 0.0}
-        self.first_rows = rows
+        self.first = {"step": 0, **self._describe(self.first_played, verdicts), "kl": 0.0}
         return self.first
 
     def head_directions(self) -> mx.array | None:
         """What the output layer may read (`rl.head_rank`), found in the base's own answers; None where it is free."""
         rank = min(self.settings.head_rank, self.settings.rank)
-        return strongest_directions(self.logprobs, self.first_rows, rank) if rank else None
+        return strongest_directions(self.logprobs, self.first_played.every_row, rank) if rank else None
 
     def look(self, step: int) -> Look:
         """The policy's answers to the same prompts, drawn with the same seed."""
-        asked, said, rows = self._answer(self.probes, self.each, self.settings.seed)
-        pairs = [(prompt, answer.text) for prompt, answer in zip(asked, said)]
-        verdicts = Verdicts.of(self.scorer.score_many(pairs))
-        return {**self._describe(pairs, said, rows, verdicts), "kl": self.divergence(rows)}
+        played = self.play(self.probes, self.each, self.settings.seed)
+        verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+        return {**self._describe(played, verdicts), "kl": self.divergence(played)}
 
-    def _describe(self, pairs, said: Sequence[Answer], rows: Sequence[Row], verdicts: Verdicts) -> Look:
-        audited = Verdicts.of(self.audit.score_many(pairs))
+    def _describe(self, played: Played, verdicts: Verdicts) -> Look:
+        audited = Verdicts.of(self.audit.score_many(played.pairs))
         return {
             "reward": verdicts.scalar,
             "audit": audited.scalar,
-            "tokens": float(_lengths(rows).mean()),
-            "distinct2": distinct2([answer.tokens for answer in said]),
+            "tokens": float(played.lengths.mean()),
+            "distinct2": distinct2(played.tokens),
             "strange": float((self.scale.doubt(verdicts) > self.most_doubt).mean()),
-            "unfinished": float(np.mean([not answer.finished for answer in said])),
+            "unfinished": float((~played.finished).mean()),
             **dict(zip(MANIFOLD.names, verdicts.value.mean(axis=0).tolist(), strict=True)),
         }
 
-    def divergence(self, rows: Sequence[Row]) -> float:
-        """KL(policy || base) of a whole answer in nats, >= 0, estimated from answers of the policy.
+    def divergence(self, played: Played) -> float:
+        """KL(policy || base) of a whole episode in nats, >= 0, estimated from answers of the policy.
 
         Token by token `exp(d) - 1 - d` with `d = log p_base - log p`, which is never negative and varies far less than
-        `-d` (Schulman 2020, "k3"); summed over an answer.
+        `-d` (Schulman 2020, "k3"); summed over all that was answered.
         """
+        rows = played.every_row
         total, order = 0.0, by_prompt(rows)
         for start in range(0, len(order), 32):
             batch = self.logprobs.collate([rows[i] for i in order[start : start + 32]])
@@ -339,42 +380,25 @@ class Practice:
                 base = self.logprobs.per_token(batch, gradient=False)
                 mx.eval(base)
             total += k3(policy, base).sum().item()
-        return total / len(rows)
+        return total / len(played.rows)
 
-    def should_stop(self, measured: Look) -> str | None:
+    def should_stop(self, looks: Sequence[Look]) -> str | None:
         """What the guards say of the newest look; keeps the adapter when they say nothing."""
-        # a run that goes on again may find looks ahead of its checkpoint: they will come out the same
-        written: list[Any] = [look for _, look in read_objects(self.run / METRICS)[0]]
-        past = {look["step"]: look for look in written if look["step"] <= measured["step"]}
-        looks = [self.first, *(past[step] for step in sorted(past))]
+        looks = [self.first, *looks]
         reasons = complaints(looks, self.settings)
         if not reasons and apart(looks) == 0:
-            values = lora.adapter_parameters(self.lm.model)
-            scratch = self.run / f".next-{KEPT}"
-            try:
-                mx.save_safetensors(str(scratch), values, metadata={"step": str(measured["step"])})
-                replace(scratch, self.run / KEPT)
-            except (RuntimeError, OSError) as error:
-                scratch.unlink(missing_ok=True)
-                raise TrainingError(
-                    f"{self.run}: the adapter could not be kept ({error}); make room on the disk"
-                ) from error
+            keep(self.lm.model, self.run, looks[-1]["step"])
         return "; ".join(reasons.values()) or None
 
     def take_back(self, reason: str) -> int:
         """Give the model the adapter that was kept last, and say from which step it is."""
-        if not (self.run / KEPT).exists():
+        step = take_back(self.lm.model, self.run)
+        if step is None:
             raise TrainingError(
                 f"a guard stopped the run and there is nothing good to keep: {reason}. Lower rl.learning_rate, look "
                 f"more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
             )
-        values, metadata = mx.load(str(self.run / KEPT), return_metadata=True)
-        lora.set_parameters(self.lm.model, values)
-        return int(metadata["step"])
-
-
-def _lengths(rows: Sequence[Row]) -> np.ndarray:
-    return np.array([len(row.response) for row in rows], float)
+        return step
 
 
 def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, mx.array]:
@@ -392,9 +416,52 @@ def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, m
     Returns: a scalar, and `[B, k]`.
     """
     gained = mx.stop_gradient(logp) - batch.reference
-    advantage = losses.rloo_advantage(unfinished_last(batch.reward - kl_weight * gained, batch.finished))
-    lesson = mx.where(advantage > 0, batch.gate * advantage, advantage)
-    return -(lesson * logp).mean(), gained
+    return -(lesson(batch.reward - kl_weight * gained, batch.gate, batch.finished) * logp).mean(), gained
+
+
+def lesson(reward: mx.array, gate: mx.array, finished: mx.array) -> mx.array:
+    """How much likelier each answer should become, `[B, k]`, from its reward, gate and whether it came to an end."""
+    advantage = losses.rloo_advantage(unfinished_last(reward, finished))
+    return mx.where(advantage > 0, gate * advantage, advantage)
+
+
+def dpo(logp: mx.array, batch: Rollouts, beta: float) -> tuple[mx.array, mx.array]:
+    """DPO's loss on the best and the worst answer to each prompt, and by how many nats the policy likes each better.
+
+    The mean is over all prompts that were answered: one whose answers could not be told apart teaches nothing, as in
+    RLOO, and leaves the others as strong as they are.
+
+    Args:
+        logp: log-probabilities under the policy, float32 `[B, 2]`, the better answer first; has the gradient.
+        batch: the rest; its rows are not read.
+        beta: `rl.beta`.
+
+    Returns: a scalar, and `[B, 2]`.
+    """
+    gained = logp - batch.reference
+    loss = batch.gate[:, 0] * losses.dpo(gained[:, 0] - gained[:, 1], beta=beta)
+    return loss.sum() / batch.asked, mx.stop_gradient(gained)
+
+
+def best_and_worst(reward: np.ndarray, doubt: np.ndarray, gate: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """The best and the worst answer to each prompt, as places in the flattened `[B * k]`: int `[P, 2]`, P <= B.
+
+    A prompt is left out where the two are as good, where the judge cannot tell them apart (their rewards differ by no
+    more than the standard deviation of that difference; that one was cut off needs no judge), and where the best one
+    must not be reinforced.
+
+    Args, all `[B, k]`:
+        reward: `R` without its term of distance.
+        doubt: the judge's standard deviation, in the unit of `R`.
+        gate: how much of an answer may be learnt.
+        finished: whether it came to an end.
+    """
+    worth = np.array(unfinished_last(mx.array(reward), mx.array(finished)))
+    prompt, best, worst = np.arange(len(worth)), worth.argmax(axis=1), worth.argmin(axis=1)
+    noise = np.hypot(doubt[prompt, best], doubt[prompt, worst]) * finished[prompt, worst]
+    clear = worth[prompt, best] - worth[prompt, worst] > noise
+    learnable = gate[prompt, best] > 0
+    return (prompt[:, None] * worth.shape[1] + np.stack([best, worst], axis=1))[clear & learnable]
 
 
 def unfinished_last(reward: mx.array, finished: mx.array) -> mx.array:
@@ -411,55 +478,3 @@ def k3(policy: mx.array, base: mx.array) -> mx.array:
     """`exp(d) - 1 - d` with `d = base - policy`, of log-probabilities `[N]` of tokens that the policy drew."""
     d = mx.minimum(base - policy, 20.0)  # a look must stay a number: beyond, the guard has long spoken
     return mx.exp(d) - 1 - d
-
-
-# --- guards ---------------------------------------------------------------------------------------------------------
-
-
-def apart(looks: Sequence[Look]) -> int:
-    """For how many looks in a row, up to the last, the reward has risen while the audit has fallen."""
-    count = 0
-    for before, after in zip(reversed(looks[:-1]), reversed(looks[1:])):
-        if not (after["reward"] > before["reward"] and after["audit"] < before["audit"]):
-            break
-        count += 1
-    return count
-
-
-def complaints(looks: Sequence[Look], limits: RlConfig) -> dict[str, str]:
-    """What speaks against the last of these looks, in words, by guard; the first look is the base's.
-
-    A policy that found out how to please its judge gives itself away: by length, by repetition, by leaving the ground
-    the judge knows, by going far, or before a second judge (Gao et al. 2022, arXiv 2210.10760).
-    """
-    first, last = looks[0], looks[-1]
-    longer = last["tokens"] / first["tokens"]
-    kept = last["distinct2"] / first["distinct2"] if first["distinct2"] else 1.0
-    found = {}
-    if not last["kl"] <= limits.max_kl:
-        found["kl"] = f"an answer is {last['kl']:.1f} nats from the base (limit {limits.max_kl:g})"
-    if longer > limits.max_length:
-        found["length"] = f"answers are {longer:.2f} times as long as the base's (limit {limits.max_length:g})"
-    if kept < limits.min_distinct2:
-        found["distinct2"] = f"only {kept:.2f} of the base's different pairs are left (limit {limits.min_distinct2:g})"
-    # a share counted in a sample: one or two of few answers must not end a run
-    if last["strange"] > limits.max_strange + (limits.max_strange * (1 - limits.max_strange) / limits.probes) ** 0.5:
-        found["strange"] = (
-            f"the reward model is unsure as never before of {last['strange']:.0%} of the answers "
-            f"(limit {limits.max_strange:.0%})"
-        )
-    if apart(looks) >= APART:
-        found["audit"] = (
-            f"for {APART} looks the reward rose (to {last['reward']:+.3f}) and the audit fell "
-            f"(to {last['audit']:+.3f}): what pleases the one judge displeases the other"
-        )
-    return found
-
-
-def story(looks: Sequence[Look], limits: RlConfig) -> list[dict[str, Any]]:
-    """Every complaint as `{"step", "guard", "why"}`, in order."""
-    return [
-        {"step": looks[end]["step"], "guard": guard, "why": why}
-        for end in range(1, len(looks))
-        for guard, why in complaints(looks[: end + 1], limits).items()
-    ]

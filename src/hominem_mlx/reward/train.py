@@ -161,6 +161,8 @@ def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarra
     A missing intensity is derived from a whole vector: `clip01(|R| / 2 + max_i |r_i - prompt mean of r_i| / 2)`
     (`science.md` 2.5). Raises: InputError when an output has labels of fewer than two prompts.
     """
+    if not labels:
+        raise InputError("there is not one labelled reply; rate some and run `hominem data split`")
     vectors = np.array([row.reward.vector(manifold) for row in labels], float)
     scalars = overall(labels, manifold)
     prompts = np.array([row.prompt_id for row in labels])

@@ -5,8 +5,8 @@ parts. Each costs time, and changes of the result no more than the rounding.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ class Lessons:
 
     rows: what it is made of, one an item of the order; or, with sides `[k, items]`, the `k` rows of each item.
     teaches, words: as in `Costs.step`.
+    beside: by item, a row that is read with every part of its batch, without a gradient.
     """
 
     order: Order
@@ -31,6 +32,7 @@ class Lessons:
     teaches: Literal["linear", "head", "all"]
     words: bool = True
     sides: np.ndarray | None = None
+    beside: Mapping[int, Row] = field(default_factory=dict)
 
     def batches(self, parts: int) -> Iterator[list[Row]]:
         """The rows of every micro-batch, each once."""
@@ -38,6 +40,12 @@ class Lessons:
             items = self.order.part(place, parts)
             if len(items):
                 yield [self.rows[i] for i in (items if self.sides is None else np.unique(self.sides[:, items]))]
+
+    def batches_beside(self) -> Iterator[list[Row]]:
+        """The rows that are read beside the micro-batches of each step."""
+        for step in range(self.steps if self.beside else 0):
+            if rows := [self.beside[i] for i in self.order.batch(step).tolist() if i in self.beside]:
+                yield rows
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,13 @@ class Budget:
 
     def estimate(self, picks: Picks) -> Estimate:
         """The fullest moment of all steps."""
-        found = [
-            self.costs.step(load, picks, teaches=lessons.teaches, words=lessons.words)
-            for place, lessons in enumerate(self.lessons)
-            for load in self._loads(place, picks.micro_batches, not picks.checkpoints)
-        ]
+        found = []
+        for place, lessons in enumerate(self.lessons):
+            loads, read = self._loads(place, picks.micro_batches, not picks.checkpoints)
+            found += [
+                self.costs.step(load, picks, teaches=lessons.teaches, words=lessons.words, beside=read)
+                for load in loads
+            ]
         return max(found, key=TOTAL)
 
     def fit(self, configured: Picks, limit: int, *, can_checkpoint: bool) -> Fit:
@@ -109,5 +119,9 @@ class Budget:
                 return
             parts = min(2 * parts, largest)
 
-    def _loads_of(self, place: int, parts: int, spread: bool) -> list[Load]:
-        return heaviest(self.costs.logprobs, self.lessons[place].batches(parts), spread=spread)
+    def _loads_of(self, place: int, parts: int, spread: bool) -> tuple[list[Load], list[Load]]:
+        """The heaviest that a gradient is wanted of, and that is read beside it."""
+        lessons, logprobs = self.lessons[place], self.costs.logprobs
+        batches = (lessons.batches(parts), lessons.batches_beside())
+        learnt, read = (heaviest(logprobs, each, spread=spread) for each in batches)
+        return learnt, read

@@ -169,12 +169,15 @@ class Costs:
             self.of_learning += self.number * made
             self.of_dora = 2 * FLOAT * matrices  # the sums whose rows it measures
 
-    def step(self, load: Load, picks: Picks, *, teaches: str = "linear", words: bool = True) -> Estimate:
+    def step(
+        self, load: Load, picks: Picks, *, teaches: str = "linear", words: bool = True, beside: Sequence[Load] = ()
+    ) -> Estimate:
         """A gradient's fullest moment.
 
         Args:
             teaches: what moves: `linear` layers of the blocks, the `head` or `all`.
             words: whether log-probabilities are asked for, not hidden states alone.
+            beside: what is read for the same loss without a gradient; one of these.
         """
         again, inputs = picks.checkpoints, self.number * self.width * load.tokens
         block = KEPT * self.number * self.through * load.tokens + self._attention(load) + self.of_learning * load.tokens
@@ -184,6 +187,8 @@ class Costs:
         in_hand = self._in_hand(load)
         logits = self._logits(load, picks, frozen=teaches == "linear") if words else 0
         moments = [(top, logits), (top + IN_HAND * in_hand, 0)]
+        for read in (self.forward(each, picks) for each in beside):
+            moments.append((top + read.activations, read.logits))
         if again and through:
             moments.append((again * inputs + block + IN_HAND * in_hand, 0))
         if again and kept:  # the first block that is computed again, while the one above it is not all let go

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +15,13 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import append_jsonl, replace
+from hominem_mlx.files import append_jsonl
 from hominem_mlx.models.seeding import seeded
-from hominem_mlx.training import blend
+from hominem_mlx.training import blend, kept
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
+Look = dict[str, Any]  # what was measured after one step, by name
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Channel:
     this term may move; the others do not even get a gradient. A term that `follows` a channel is part of it where
     channels are blended: it keeps its proportion to it and has its turn with it. `size` is what a batch's loss is a
     mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together.
+    `tokens` are those of a batch's rows, prompts included and padding not, for the speed that progress tells.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Channel:
     teaches: Callable[[str], bool] = lambda name: True
     follows: str = ""
     size: Callable[[Any], float] = lambda batch: 1.0
+    tokens: Callable[[Any], int] = lambda batch: 0
 
     @property
     def leader(self) -> str:
@@ -79,7 +82,7 @@ def train(
     folder: Path,
     *,
     evaluate: Callable[[int], dict[str, float]] | None = None,
-    should_stop: Callable[[dict[str, float]], str | None] | None = None,
+    should_stop: Callable[[list[Look]], str | None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run `plan` over `channels`, or go on where a killed run stopped.
@@ -90,8 +93,9 @@ def train(
         plan: steps, learning rate and so on.
         folder: where checkpoint and metrics lie; belongs to this run alone.
         evaluate: measured every `eval_every` steps and at the end.
-        should_stop: looks at those measurements and gives a reason to end early, or None.
-        progress: called every step.
+        should_stop: gets all those measurements so far, the newest last, and gives a reason to end early, or None.
+        progress: called every step with `step`, `steps`, `seconds_left`, `peak_gb` (the most memory MLX held since its
+            peak was last reset), `tokens_per_second` where channels count tokens, and what the step measured.
 
     Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
     and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
@@ -101,79 +105,37 @@ def train(
     optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
     story = _resume(model, optimizer, folder) or _new_story(channels)
-    parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
-    passes = {channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels}
-    weights = {channel.name: channel.weight for channel in channels if not channel.follows}
-    began = time.perf_counter()
-    first_step = story["step"]
+    clock = _Clock(plan.steps, story["step"])
+    lessons = _Lessons(model, [clock.counted(channel) for channel in channels], plan)
 
     while story["step"] < plan.steps and not story["stopped"]:
-        step = story["step"]
-        total: dict[str, mx.array] = {}
-        terms, report = [], {}
-        turn = blend.turn(weights, plan.seed, step) if plan.blend == "alternate" else ""
-        place = story["turns"].get(turn, 0) if turn else step
-        for channel in channels:
-            if not channel.weight or turn not in ("", channel.leader):
-                continue
-            # a weight is a share of the turns or a factor, never both
-            weight = channel.weight / weights[turn] if turn else channel.weight
-            with _only(model, parameters, channel.teaches), seeded(step):  # dropout draws the same when resumed here
-                lesson = _lesson(channel, passes[channel.name], place, weight, plan.accumulate)
-            if lesson is None:
-                continue
-            loss, measured, gradient = lesson
-            norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for value in gradient.values()))
-            mx.eval(loss, measured, gradient, norm)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise TrainingError(
-                    f"the loss of the {channel.name} channel is {loss.item()} at step {step}: stopped. The checkpoint "
-                    f"of step {story['saved_step']} is kept in {folder}; lower the learning rate, look at that batch"
-                )
-            report[channel.name] = loss.item()
-            report |= {f"{channel.name}_{key}": value.item() for key, value in measured.items()}
-            terms.append(_Term(channel, loss.item(), norm.item(), gradient))
+        turn = lessons.turn(story["step"])
+        terms = lessons.terms(turn, story)
+        _check_finite(terms, story, folder)
+        report = {name: value for term in terms for name, value in term.report().items()}
         leaders = [term for term in terms if not term.channel.follows]
         if plan.blend == "normalised":
-            for term in leaders:
-                name, norm = term.channel.name, term.norm / term.channel.weight
-                story["norms"][name] = blend.smoothed(story["norms"].get(name), norm)
-            factors = blend.factors(story["norms"])
-            report |= {f"{name}_factor": factor for name, factor in factors.items()}
-            terms = [term.times(factors.get(term.channel.leader, 1.0)) for term in terms]
-        for term in terms:
-            _count(story, term.channel.name, term.loss, term.norm)
-            total |= {name: total[name] + value if name in total else value for name, value in term.gradient.items()}
+            terms = _normalised(terms, leaders, story, report)
+        total = _total(terms, story)
         if turn:
-            story["turns"][turn] = place + 1
-        if not total:
-            story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
+            story["turns"][turn] = story["turns"].get(turn, 0) + 1
+        if total:
+            _compare(leaders, story, report)
+            _update(model, optimizer, plan.clip_norm, total, [*terms, *leaders])
         else:
-            if len(leaders) == 2 and min(term.norm for term in leaders) > 0:
-                one, other = leaders
-                cosine = _inner(one.gradient, other.gradient) / (one.norm * other.norm)
-                story["cosines"] += cosine
-                story["cosine_count"] += 1
-                story["interference"] = blend.smoothed(story["interference"], cosine)
-                report["interference"] = story["interference"]
-            optimizer.update(model, optim.clip_grad_norm(tree_unflatten(list(total.items())), plan.clip_norm)[0])
-            for held in (total, *(term.gradient for term in (*terms, *leaders))):
-                held.clear()  # so that the update, and then the next step's gradient, may take their memory
-            mx.eval(model.trainable_parameters(), optimizer.state)
-        story["step"] = step + 1
+            story["skipped"] += 1  # an optimiser step without a lesson would still move weights by momentum
+        story["step"] += 1
         ended = story["step"] == plan.steps
         if evaluate and (story["step"] % plan.eval_every == 0 or ended):
             measured = {"step": story["step"], **evaluate(story["step"])}
             story["evaluations"].append({**measured, **report})
             append_jsonl(folder / METRICS, [{**measured, **report}])
-            story["stopped"] = (should_stop(measured) if should_stop else None) or ""
+            story["stopped"] = (should_stop(story["evaluations"]) if should_stop else None) or ""
             report |= measured
         if story["step"] % plan.save_every == 0 or ended or story["stopped"]:
             _save(model, optimizer, story, folder)
         if progress:
-            spent = time.perf_counter() - began
-            left = spent / (story["step"] - first_step) * (plan.steps - story["step"])
-            progress({"step": story["step"], "steps": plan.steps, "seconds_left": left, **report})
+            progress({"step": story["step"], "steps": plan.steps, **clock.read(story["step"]), **report})
     return _summary(story)
 
 
@@ -182,6 +144,64 @@ def as_stage(progress: Progress | None) -> Progress | None:
     if progress is None:
         return None
     return lambda event: progress({"stage": "training", "done": event["step"], "total": event["steps"]} | event)
+
+
+class _Clock:
+    """How fast a run goes, on average since this process took it up; looks and checkpoints count."""
+
+    def __init__(self, steps: int, first_step: int):
+        self.steps, self.first_step = steps, first_step
+        self.began, self.tokens = time.perf_counter(), 0
+
+    def counted(self, channel: Channel) -> Channel:
+        """The channel, and the tokens of its batches are counted as they are asked for."""
+
+        def batch_at(place: int) -> Any:
+            batch = channel.batch_at(place)
+            if batch is not None:
+                self.tokens += channel.tokens(batch)
+            return batch
+
+        return replace(channel, batch_at=batch_at)
+
+    def read(self, step: int) -> dict[str, float]:
+        """What progress tells of it after `step`."""
+        spent = time.perf_counter() - self.began
+        left = spent / (step - self.first_step) * (self.steps - step)
+        speed = {"tokens_per_second": self.tokens / spent} if self.tokens else {}
+        return {"seconds_left": left, **speed, "peak_gb": mx.get_peak_memory() / 1e9}
+
+
+class _Lessons:
+    """What the channels have to say in a step, as gradients."""
+
+    def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan):
+        self.model, self.channels, self.plan = model, channels, plan
+        self.parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
+        self.passes = {
+            channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels
+        }
+        self.weights = {channel.name: channel.weight for channel in channels if not channel.follows}
+
+    def turn(self, step: int) -> str:
+        """The channel whose step this is where they alternate, else none."""
+        return blend.turn(self.weights, self.plan.seed, step) if self.plan.blend == "alternate" else ""
+
+    def terms(self, turn: str, story: dict) -> list["_Term"]:
+        """The term of every channel that has weight, its turn, and something to learn."""
+        step, found = story["step"], []
+        place = story["turns"].get(turn, 0) if turn else step
+        for channel in self.channels:
+            if not channel.weight or turn not in ("", channel.leader):
+                continue
+            # a weight is a share of the turns or a factor, never both
+            weight = channel.weight / self.weights[turn] if turn else channel.weight
+            # seeded: dropout draws the same when resumed here
+            with _only(self.model, self.parameters, channel.teaches), seeded(step):
+                lesson = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
+            if lesson is not None:
+                found.append(_Term.of(channel, *lesson))
+        return found
 
 
 def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple | None:
@@ -226,12 +246,79 @@ class _Term:
 
     channel: Channel
     loss: float
+    measured: dict[str, float]
     norm: float
     gradient: dict[str, mx.array]
 
+    @classmethod
+    def of(
+        cls, channel: Channel, loss: mx.array, measured: dict[str, mx.array], gradient: dict[str, mx.array]
+    ) -> "_Term":
+        """From a lesson, computed now."""
+        norm = mx.sqrt(sum(mx.square(value.astype(mx.float32)).sum() for value in gradient.values()))
+        mx.eval(loss, measured, gradient, norm)
+        numbers = {name: value.item() for name, value in measured.items()}
+        return cls(channel, loss.item(), numbers, norm.item(), gradient)
+
     def times(self, factor: float) -> "_Term":
         gradient = {name: factor * value for name, value in self.gradient.items()}
-        return _Term(self.channel, self.loss, factor * self.norm, gradient)
+        return replace(self, norm=factor * self.norm, gradient=gradient)
+
+    def report(self) -> dict[str, float]:
+        """Loss and measurements by name."""
+        name = self.channel.name
+        return {name: self.loss, **{f"{name}_{key}": value for key, value in self.measured.items()}}
+
+
+def _check_finite(terms: list[_Term], story: dict, folder: Path) -> None:
+    for term in terms:
+        if not (math.isfinite(term.loss) and math.isfinite(term.norm)):
+            raise TrainingError(
+                f"the loss of the {term.channel.name} channel is {term.loss} at step {story['step']}: stopped. The "
+                f"checkpoint of step {story['saved_step']} is kept in {folder}; lower the learning rate, look at that "
+                "batch"
+            )
+
+
+def _normalised(terms: list[_Term], leaders: list[_Term], story: dict, report: dict) -> list[_Term]:
+    """The terms by factors that give every leader the same gradient norm, as running means have it."""
+    for term in leaders:
+        name, norm = term.channel.name, term.norm / term.channel.weight
+        story["norms"][name] = blend.smoothed(story["norms"].get(name), norm)
+    factors = blend.factors(story["norms"])
+    report |= {f"{name}_factor": factor for name, factor in factors.items()}
+    return [term.times(factors.get(term.channel.leader, 1.0)) for term in terms]
+
+
+def _total(terms: list[_Term], story: dict) -> dict[str, mx.array]:
+    """The sum of the gradients; each term's share in it is counted."""
+    total: dict[str, mx.array] = {}
+    for term in terms:
+        _count(story, term.channel.name, term.loss, term.norm)
+        total |= {name: total[name] + value if name in total else value for name, value in term.gradient.items()}
+    return total
+
+
+def _compare(leaders: list[_Term], story: dict, report: dict) -> None:
+    """How far two channels agree in this step, and as a running mean."""
+    if len(leaders) != 2 or min(term.norm for term in leaders) <= 0:
+        return
+    one, other = leaders
+    cosine = _inner(one.gradient, other.gradient) / (one.norm * other.norm)
+    story["cosines"] += cosine
+    story["cosine_count"] += 1
+    story["interference"] = blend.smoothed(story["interference"], cosine)
+    report["interference"] = story["interference"]
+
+
+def _update(
+    model: nn.Module, optimizer: optim.Optimizer, clip_norm: float, total: dict[str, mx.array], terms: list[_Term]
+) -> None:
+    """The optimiser's step; empties the gradients it is given, so that it and the next step may take their memory."""
+    optimizer.update(model, optim.clip_grad_norm(tree_unflatten(list(total.items())), clip_norm)[0])
+    for held in (total, *(term.gradient for term in terms)):
+        held.clear()
+    mx.eval(model.trainable_parameters(), optimizer.state)
 
 
 @contextlib.contextmanager
@@ -249,7 +336,8 @@ def _only(model: nn.Module, parameters: list[str], teaches: Callable[[str], bool
 
 
 def _inner(one: dict[str, mx.array], other: dict[str, mx.array]) -> float:
-    both = [mx.inner(one[name].reshape(-1), other[name].reshape(-1)) for name in one.keys() & other.keys()]
+    # in the order of the names, never of a set: its order, and so the sum's last bits, is another in each process
+    both = [mx.inner(one[name].reshape(-1), other[name].reshape(-1)) for name in one if name in other]
     return sum(both).item() if both else 0.0
 
 
@@ -293,13 +381,10 @@ def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Pat
     """One file, one rename: weights, optimiser and position cannot disagree."""
     arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
     arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
-    scratch = folder / f".{CHECKPOINT.removesuffix('.safetensors')}-next.safetensors"
     told = json.dumps({**story, "saved_step": story["step"]})
     try:
-        mx.save_safetensors(str(scratch), arrays, metadata={"story": told})
-        replace(scratch, folder / CHECKPOINT)
-    except (RuntimeError, OSError) as error:
-        scratch.unlink(missing_ok=True)
+        kept.save(folder / CHECKPOINT, arrays, {"story": told})
+    except OSError as error:
         raise TrainingError(
             f"{folder}: the checkpoint of step {story['step']} could not be written ({error}): stopped. That of step "
             f"{story['saved_step']} is kept; make room on the disk and give the same command again"

@@ -3,23 +3,24 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from hominem_mlx.errors import TrainingError
+from hominem_mlx.models.backbone import LanguageModel, conversation
 from hominem_mlx.models.platform import lanes, pad_to
 from hominem_mlx.models.prefix import Prompts
-from hominem_mlx.records import Turn
+from hominem_mlx.records import Record, Turn
 from hominem_mlx.training.cutting import Lengths, Part, cut, padded
 
-if TYPE_CHECKING:
-    from hominem_mlx.models.backbone import LanguageModel
+Said = TypeVar("Said", bound=Record)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt and one reply, in tokens; the reply ends with the end-of-turn token."""
+    """One prompt and one reply, in tokens; the reply, end-of-turn token included, is learnt, the prompt only read."""
 
     prompt: list[int]
     response: list[int]
@@ -53,12 +54,13 @@ class Rows:
     """A batch: blocks for the lanes of the machine.
 
     owner: int32 `[N]`, the row (as given to `collate`) of each response token, block after block; lengths: float32
-    `[rows]`, response tokens a row.
+    `[rows]`, response tokens a row. num_tokens: of all rows, each with its prompt, without padding.
     """
 
     blocks: tuple[Block, ...]
     owner: mx.array
     lengths: mx.array
+    num_tokens: int
 
 
 def fit(row: Row, max_tokens: int) -> tuple[Row, int]:
@@ -77,17 +79,37 @@ def fit(row: Row, max_tokens: int) -> tuple[Row, int]:
 
 
 def to_row(
-    lm: "LanguageModel",
+    lm: LanguageModel,
     prompt: str,
     response: str,
     *,
     history: Sequence[Turn] = (),
     system: str | None = None,
     max_tokens: int,
+    name: str = "a row",
 ) -> tuple[Row, int]:
-    """Texts as a row no longer than `max_tokens`, and how many reply tokens had to go."""
+    """Texts as a row no longer than `max_tokens`, and how many reply tokens had to go.
+
+    Args:
+        name: what the row is called in an error.
+
+    Raises: TrainingError where the chat template writes the answered prompt otherwise than the prompt alone.
+    """
     before = [turn.model_dump() for turn in history]
+    if not lm.is_reply_after_prompt(conversation(prompt, system=system, history=before), response):
+        raise TrainingError(
+            f"{name}: the chat template of {lm.name} writes an answered conversation otherwise than the prompt to be "
+            "answered and then the reply, so it would be learnt where the model never speaks. If it is so with every "
+            "row, the template opens a thought or channel of its own: take an instruct model that answers at once; "
+            "else leave out the row, its texts hold something that the template changes"
+        )
     return fit(Row(lm.prompt_tokens(prompt, system=system, history=before), lm.response_tokens(response)), max_tokens)
+
+
+def spoken(lm: LanguageModel, records: Sequence[Said]) -> list[Said]:
+    """The records in whose every reply something is said; of a reply that is all thoughts nothing could be learnt."""
+    replies = ("response", "chosen", "rejected")
+    return [row for row in records if all(lm.spoken(getattr(row, name, ".")) for name in replies)]
 
 
 class Order:
@@ -155,7 +177,8 @@ def collate(rows: Sequence[Row], *, share: bool = False, spread: bool = False, a
             prompt_tokens = _prompt_tokens([here[0].prompt])
         blocks.append(_continued(here, prompt_tokens, part))
     owner = np.repeat(order, lengths.replies).astype(np.int32)
-    return Rows(tuple(blocks), mx.array(owner), mx.array([float(len(row.response)) for row in rows]))
+    replies = mx.array([float(len(row.response)) for row in rows])
+    return Rows(tuple(blocks), mx.array(owner), replies, sum(row.num_tokens for row in rows))
 
 
 def _block(rows: Sequence[Row], share: bool, part: Part) -> Block:

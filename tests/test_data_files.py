@@ -162,6 +162,8 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ({"prompt": [*TURNS, TURNS[0]], "completion": "b", "label": True}, "keep the last user message alone"),
         ({"prompt": "a", "response": "b", "good": 2}, "good = 2: input should be a valid boolean"),
         ({"messages": TURNS, "label": False}, "label = False: a reply that was not liked is nothing to remember"),
+        ({"prompt": "a", "completion": "b", "label": -1}, "label = -1: a reply that was not liked"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "label = 'False': a reply that was not liked"),
     ],
 )
 def test_neighbours_rows_that_cannot_be_learnt_from_say_why(home, write_rows, row, reason):

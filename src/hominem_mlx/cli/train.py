@@ -131,7 +131,7 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
 def _look(session: Session, pairs: "Artifact") -> "Callable[[LanguageModel], dict[str, float]]":
     """What `dual.probes` asks for: recall, and the verdicts of those judges that there are."""
     from hominem_mlx.data import dataset
-    from hominem_mlx.errors import InputError
+    from hominem_mlx.errors import HominemError
     from hominem_mlx.evaluation.looks import looker
     from hominem_mlx.files import read_jsonl
     from hominem_mlx.policy.memories import learnable
@@ -144,13 +144,18 @@ def _look(session: Session, pairs: "Artifact") -> "Callable[[LanguageModel], dic
     taught, _ = learnable(memories, safety_low=config.dual.safety_low, safety_high=config.dual.safety_high)
     judges: dict[str, Scorer] = {}
     if valid and session.reward_artifact() is not None:
-        judges["reward"] = session.reward_model()
+        try:
+            scorer = session.reward_model()
+            scorer.score_many([(valid[0].prompt, valid[0].chosen)])  # it opens what it reads with when it first reads
+            judges["reward"] = scorer
+        except HominemError as error:
+            session.console.note(f"The reward model does not watch: {error}")
     labels = session.registry.current("dataset", pointer="labels")
     if valid and labels is not None:
         try:
             judges["audit"] = fit_audit(dataset.read_labels(labels, "valid"), config, home=session.home, lm=base)
-        except InputError as error:
-            session.console.note(f"No audit judge watches, for the validation labels are too few: {error}")
+        except HominemError as error:
+            session.console.note(f"No audit judge watches: {error}")
     return looker([pair.prompt for pair in valid], taught, judges, config)
 
 

@@ -28,7 +28,7 @@ ONE_EXCHANGE = (
 
 def kind_of(row: dict[str, Any]) -> str | None:
     """What a row is, or None where its keys do not say."""
-    keys = set(row)
+    keys = {name for name, value in row.items() if value is not None}
     if "reward" in keys:
         return "labels"
     if {"chosen", "rejected"} & keys:
@@ -83,9 +83,10 @@ def _derived(kind: str, row: dict[str, Any]) -> str:
 
 def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The pairs of a row. Every reply of a conversation is one, with all that was said before it as its history."""
-    if _is_verdict(row.get("label")) and not row["label"]:
+    label = row.get("label")
+    if label in DISLIKED or (isinstance(label, int | float) and label < 0):
         raise ValueError(
-            f"label = {row['label']}: a reply that was not liked is nothing to remember; import "
+            f"label = {label!r}: a reply that was not liked is nothing to remember; import "
             '{"prompt", "completion", "label"} with label true or false as thumbs, or leave the row out'
         )
     if "messages" in row:
@@ -107,6 +108,9 @@ def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "completion" in row and "instruction" not in row:
         return [{**row, "instruction": row.get("prompt"), "response": row["completion"]}]
     return [row]
+
+
+DISLIKED = (False, "false", "False", "FALSE", "0", "-1", "no", "bad")  # as other tools write it; 0 is False, too
 
 
 def _is_verdict(label: object) -> bool:

@@ -124,10 +124,10 @@ def train(
     ):
         material = Material(lm, settings, config.student.system, progress, limit)
         mx.reset_peak_memory()
-        preferences, validation = material.spoken(preferences), material.spoken(validation)
+        preferences, held_back = material.spoken(preferences), material.spoken(validation)
         memories, anchors = material.spoken(memories), material.spoken(anchors)
         channels = material.channels(preferences, memories, anchors, material.spoken(thumbs))
-        validate = material.validation(validation)
+        validate = material.validation(held_back)
         keys = material.targets([channel.weight for channel in channels])
         directions = material.head_directions()
         lora.attach(lm, material.shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
@@ -213,6 +213,11 @@ class Material:
         weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
         if settings.ideal_memories or settings.ideal_pairs:
             weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
+        if judged and settings.loss == "simpo":
+            raise TrainingError(
+                f"dual.loss = simpo has a beta of tokens, and the {len(judged)} single thumbs need one of replies: "
+                "take another dual.loss, or leave thumbs out with dual.thumb_weight = 0"
+            )
         thumb_weight = settings.thumb_weight * bool(judged)
         if weights[1]:  # few thumbs have their turn often: one counts like a pair, and all no more than all pairs
             thumb_weight *= weights[1] * min(1.0, len(judged) / learnt[1])
@@ -527,11 +532,6 @@ class Material:
 
     def _thumbs(self, judged: Sequence[Thumb], worth: np.ndarray) -> Thumbs:
         settings = self.settings
-        if settings.loss == "simpo":
-            raise TrainingError(
-                f"dual.loss = simpo has a beta of tokens, and the {len(judged)} single thumbs need one of replies: "
-                "take another dual.loss, or leave thumbs out with dual.thumb_weight = 0"
-            )
         return Thumbs(
             self.logprobs,
             [self._row(thumb.prompt, thumb.response, name=f"thumb {thumb.id}") for thumb in judged],
@@ -636,11 +636,17 @@ class Material:
         return evaluate
 
     def sketches(self, preferences: Sequence[Preference]) -> Sketches | None:
-        """Sketched gradients of the margins of `sketch_pairs` held-back pairs, from all over the file, or None."""
-        count = min(self.settings.sketch_pairs, len(preferences))
+        """Sketched gradients of the margins of `sketch_pairs` held-back pairs, from all over the file, or None.
+
+        Args:
+            preferences: the whole file, since a sketch names its pair by the line.
+        """
+        kept = {id(pair) for pair in spoken(self.lm, preferences)}
+        lines = np.array([line for line, pair in enumerate(preferences) if id(pair) in kept], int)
+        count = min(self.settings.sketch_pairs, len(lines))
         if not count:
             return None
-        picked = np.arange(count) * len(preferences) // count
+        picked = lines[np.arange(count) * len(lines) // count]
         rows, sides = self._replies([preferences[place] for place in picked.tolist()])
         with lora.without_adapter(self.lm, keep=self.adapters_below):
             reference = self._references(rows, "sketch reference")
@@ -663,8 +669,9 @@ class Material:
         """A function of the looks so far that tells why to stop now, or None; it keeps the best adapter if asked to.
 
         Chosen replies that became much less likely than they were (likelihood displacement) are always a reason, and
-        such an adapter is never kept as the best. Where no preferences are learnt, or none are held back, no look is
-        better than another: `dual.keep` and `dual.patience` then change nothing.
+        such an adapter is never kept as the best; where there is no other, it is what the run ends with. Where no
+        preferences are learnt, or none are held back, no look is better than another: `dual.keep` and `dual.patience`
+        then change nothing.
         """
         settings = self.settings
 
@@ -674,7 +681,7 @@ class Material:
                 return None
             if limit and newest["valid_displacement"] < -limit:
                 return f"chosen replies lost {-newest['valid_displacement']:.2f} nats a token (limit {limit})"
-            if not self.num_pairs:
+            if not (self.num_pairs or self.num_thumbs):
                 return None
             best = best_look(looks)
             if best is newest and settings.keep == "best":

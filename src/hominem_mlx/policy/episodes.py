@@ -128,5 +128,5 @@ def _conversations(labels: Artifact, turns: int) -> tuple[list[Talk], list[Talk]
             "rl.turns"
         )
     probes = [talk for talk in talks if not int(sha256_json(talk)[:8], 16) % PROBED]
-    rest = [talk for talk in talks if talk not in set(probes)]
+    rest = sorted(set(talks) - set(probes))
     return (rest, probes) if probes and rest else (talks, talks)

@@ -29,7 +29,7 @@ from hominem_mlx.training.loop import train as run_loop
 from hominem_mlx.training.rows import Row, spoken, to_row
 
 Progress = Callable[[dict[str, Any]], None]
-RECIPE = 1  # goes up when the same settings make another model, so that no run goes on by another recipe
+RECIPE = 2  # goes up when the same settings make another model, so that no run goes on by another recipe
 DROPPED_BITS = {mx.bfloat16: 16, mx.float16: 13}  # of a float32's fraction
 
 

@@ -85,8 +85,6 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
     fits: smaller chunks of logits, some blocks computed twice, batches in several parts. It takes longer and gives the
     same adapter up to rounding. A run that was stopped goes on with another --memory-gb too.
     """
-    import mlx.core as mx
-
     from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
     from hominem_mlx.training import costs
@@ -118,7 +116,7 @@ def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> No
         session.console.say(f"Stopped early: {summary['stopped']}")
     if metrics["kept_step"] != summary["steps"]:
         session.console.say(f"Kept: the adapter after step {metrics['kept_step']}, the best of these looks.")
-    estimated, took = metrics["memory"]["estimate_gb"]["total"] * GB, mx.get_peak_memory()
+    estimated, took = metrics["memory"]["estimate_gb"]["total"] * GB, costs.took()
     session.console.say(f"Estimated {costs.shown(estimated)} of memory, took {costs.shown(took)}.")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -66,6 +67,11 @@ def shown(size: float) -> str:
     """Bytes as people read them: 12.3 GB, 1.23 GB, 123.4 MB."""
     gb = size / GB
     return f"{gb:.1f} GB" if gb >= 10 else f"{gb:.2f} GB" if gb >= 1 else f"{1000 * gb:.1f} MB"
+
+
+def took() -> int:
+    """The most bytes that MLX held since its peak was last reset."""
+    return mx.get_peak_memory()
 
 
 @dataclass(frozen=True)

@@ -432,7 +432,8 @@ def test_a_batch_holds_whole_prompts_and_each_of_their_replies_once(tiny):
 
 def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
     data, lm, config = dataset(), tiny(), load_config(overrides=FAST)
-    resolved = {"dual": config.dual.model_dump(mode="json"), "system": None, "base": lm.hash, "recipe": dual.RECIPE}
+    settings = config.dual.model_dump(mode="json", exclude={"memory_gb"})
+    resolved = {"dual": settings, "system": None, "base": lm.hash, "recipe": dual.RECIPE}
     name = f"dual-{dual.sha256_json([data.hash, resolved])[:16]}"
     with (
         lock(registry.home / "locks" / f"{name}.lock", "a test"),

@@ -218,6 +218,9 @@ class DualConfig(Section):
     checkpoint: Share = 0.0
     """Share of the blocks computed a second time for their gradient: 1 takes a quarter of the memory and half as much
     time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
+    memory_gb: NonNegative | None = None
+    """Most memory that training may take, in GB (1e9 bytes); 0: what this machine has. Chunks of logits, checkpoints
+    and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     probes: Annotated[int, Field(ge=0)] = 8

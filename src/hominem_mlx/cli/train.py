@@ -64,8 +64,14 @@ def reward(session: Session) -> None:
     metavar="ADAPTER",
     help="Leave that adapter as it is and train one over it: current, a version or a tag.",
 )
+@click.option(
+    "--memory-gb",
+    metavar="GB",
+    type=click.FloatRange(min=0),
+    help="Compute so that it takes no more memory; 0: than this machine has. The same as dual.memory_gb.",
+)
 @shares()
-def dual(session: Session, on_top_of: str | None) -> None:
+def dual(session: Session, on_top_of: str | None, memory_gb: float | None) -> None:
     """Train an adapter: memories by SFT, preferences by soft DPO (or another dual.loss), single thumbs by KTO, in one.
 
     Looks on the way are kept in its metrics.jsonl: validation pairs and, on dual.probes prompts, recall and how the
@@ -74,10 +80,18 @@ def dual(session: Session, on_top_of: str | None) -> None:
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.
+
+    With --memory-gb it is worked out beforehand what a step takes. Where that is more, the cheapest way is taken that
+    fits: smaller chunks of logits, some blocks computed twice, batches in several parts. It takes longer and gives the
+    same adapter up to rounding. A run that was stopped goes on with another --memory-gb too.
     """
     from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
+    from hominem_mlx.training import costs
+    from hominem_mlx.training.footprint import GB
 
+    if memory_gb is not None:
+        session.override(f"dual.memory_gb={memory_gb}")
     pairs = session.current("dataset", "hominem data pair", pointer="pairs")
     under = session.adapter(on_top_of) if on_top_of else None
     if on_top_of and under is None:
@@ -102,6 +116,8 @@ def dual(session: Session, on_top_of: str | None) -> None:
         session.console.say(f"Stopped early: {summary['stopped']}")
     if metrics["kept_step"] != summary["steps"]:
         session.console.say(f"Kept: the adapter after step {metrics['kept_step']}, the best of these looks.")
+    estimated, took = metrics["memory"]["estimate_gb"]["total"] * GB, costs.took()
+    session.console.say(f"Estimated {costs.shown(estimated)} of memory, took {costs.shown(took)}.")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")
     if under is not None:

@@ -9,8 +9,10 @@ With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO
 reference: its log-probabilities are computed once, before the adapter is attached.
 """
 
+import contextlib
+import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ from hominem_mlx.policy.memories import Memories, MemoryBatch, gate, learnable
 from hominem_mlx.policy.thumbs import Thumbs, learnable_thumbs
 from hominem_mlx.records import Preference, SftPair, Thumb, Turn
 from hominem_mlx.storage.registry import Artifact, Registry
-from hominem_mlx.training import blend
+from hominem_mlx.training import blend, footprint
+from hominem_mlx.training.budget import Budget, Fit, Lessons
+from hominem_mlx.training.costs import TOTAL, Costs, Estimate, Picks, heaviest, shown
 from hominem_mlx.training.kept import keep, take_back
-from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
+from hominem_mlx.training.logprobs import READ_AT_ONCE, LogProbs, reference_logprobs
 from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Order, Row, Rows, Said, spoken, to_row
+from hominem_mlx.training.rows import Order, Row, Rows, Said, by_prompt, spoken, to_row
 from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
@@ -85,7 +89,8 @@ def train(
 
     Args:
         pairs: a `dataset` with preferences.train.jsonl, preferences.valid.jsonl and memory.jsonl.
-        config: `config.dual` and `config.student.system` shape the adapter and are part of its identity.
+        config: `config.dual` and `config.student.system` shape the adapter and are part of its identity; all but
+            `dual.memory_gb`, which changes the rounding alone: a run that was killed can go on with less memory.
         lm: the base, without an adapter; it is handed back without one.
         on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
             this one is the reference.
@@ -94,7 +99,8 @@ def train(
             pairs alone.
 
     Returns: the `lora` artifact, with all looks in its metrics.jsonl. Not yet `current`: that is for whoever judged it.
-    Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
+    Raises: TrainingError when there is nothing to learn from, when `dual.memory_gb` is not enough in any way, or when
+        the loss stops being finite.
     """
     settings = config.dual
     preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
@@ -107,23 +113,24 @@ def train(
     if settings.thumb_weight and (pairs.folder / "thumbs.jsonl").exists():
         thumbs = read_jsonl(pairs.file("thumbs.jsonl"), Thumb, unique=None, may_be_empty=True)
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
-    resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
+    resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json", exclude={"memory_gb"}), **identity}
     parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
     run = registry.home / "runs" / f"dual-{sha256_json([*(parent.hash for parent in parents), resolved])[:16]}"
     under = on_top_of.folder if on_top_of else None
     with (
         lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
         lora.loaded(lm, under),
+        memory_limit(settings) as limit,
     ):
-        material = Material(lm, settings, config.student.system, progress)
+        material = Material(lm, settings, config.student.system, progress, limit)
+        mx.reset_peak_memory()
         preferences, held_back = material.spoken(preferences), material.spoken(validation)
         memories, anchors = material.spoken(memories), material.spoken(anchors)
         channels = material.channels(preferences, memories, anchors, material.spoken(thumbs))
-        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
         validate = material.validation(held_back)
-        keys = material.targets(channels)
+        keys = material.targets([channel.weight for channel in channels])
         directions = material.head_directions()
-        lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
+        lora.attach(lm, material.shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
         before = look(lm) if look else {}
@@ -144,7 +151,7 @@ def train(
         with registry.draft(
             "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
-            lora.save_adapter(lm, draft.folder, shape)
+            lora.save_adapter(lm, draft.folder, material.shape)
             if sketches := material.sketches(validation):
                 write_sketches(sketches, draft.folder)
             if looks := [{"step": 0, **before}] * bool(before) + summary["evaluations"]:
@@ -157,11 +164,24 @@ def train(
 
 
 class Material:
-    """Rows, references, gates and weights, ready to be cut into batches. Everything here is computed once."""
+    """Rows, references, gates and weights, ready to be cut into batches. Everything here is computed once.
 
-    def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
-        self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
+    Args:
+        limit: bytes of memory that training may take; None: it is done as configured, whatever it takes.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        settings: DualConfig,
+        system: str | None,
+        progress: Progress | None,
+        limit: int | None = None,
+    ):
+        self.lm, self.settings, self.system, self.progress, self.limit = lm, settings, system, progress, limit
         self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
+        self.shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
+        self.micro_batches = 1
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
         self.valued_rows: list[Row] = []  # replies of pairs and thumbs
         self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
@@ -222,54 +242,86 @@ class Material:
             for lesson in kept
         ]
         lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
-        channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, tokens=_tokens),
-            Channel(
-                "preference",
-                weights[1],
-                self._pair_batches(pairs, gates, unsafe),
-                self._pair_loss,
-                preference,
-                tokens=_tokens,
-            ),
-        ]
-        if thumb_weight:
-            verdicts = self._thumbs(judged, worth)
-            if self.num_pairs:
-                term = Channel(
-                    "thumb", thumb_weight, verdicts.batch_at, verdicts.loss, preference, "preference", tokens=_tokens
-                )
-                channels.append(term)
-            else:
-                channels[1] = Channel(
-                    "preference", thumb_weight, verdicts.batch_at, verdicts.loss, preference, tokens=_tokens
-                )
-            self.valued_rows = [*self.valued_rows, *verdicts.rows]
+        pair_rows, sides = self._replies([*pairs, *unsafe])
+        # a prompt's pairs come together: they share replies, and each reply is computed once a step
+        prompts = [pair.prompt for pair in (*pairs, *unsafe)]
+        pair_order = Order(len(prompts), settings.batch_pairs, settings.seed, groups=prompts)
+        verdicts = self._thumbs(judged, worth) if thumb_weight else None
+        self.valued_rows = [*pair_rows, *(verdicts.rows if verdicts else ())]
+        said: set[tuple[str, str]] = set()
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
             said |= {(anchor.instruction, anchor.response) for anchor in anchors}
-            if said:
-                batches = self._anchor_batches(sorted(said))
-                held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
-                channels.append(
-                    Channel("anchor", held, batches, self._anchor_loss, memory, follows="memory", tokens=_tokens)
+        held_rows = [self._row(*side, name="a reply that the anchor holds") for side in sorted(said)]
+        held_order = Order(len(held_rows), settings.batch_anchors, settings.seed + 2)
+        steps, taught = self.plan(preferences, memories).steps, []
+        if weights[0]:
+            taught.append(Lessons(lessons.order, rows, steps, settings.memory_targets))
+        if self.num_pairs:
+            taught.append(Lessons(pair_order, pair_rows, steps, settings.preference_targets, sides=sides))
+        if verdicts:
+            valued = (verdicts.order, verdicts.rows, steps, settings.preference_targets)
+            taught.append(Lessons(*valued, beside=verdicts.strange))
+        if held_rows:
+            taught.append(Lessons(held_order, held_rows, steps, settings.memory_targets, words=False))
+        strange = verdicts.strange.values() if verdicts else ()
+        self._fit_in(taught, self.targets(weights), [*rows, *self.valued_rows, *strange, *held_rows])
+        lessons.micro_batches = self.micro_batches
+        pair_batches = self._pair_batches(pairs, gates, unsafe, pair_rows, sides, pair_order)
+        channels = [
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, size=lessons.size, tokens=_tokens),
+            Channel(
+                "preference", weights[1], pair_batches, self._pair_loss, preference, size=_num_pairs, tokens=_tokens
+            ),
+        ]
+        if verdicts:
+            verdicts.begin(self.micro_batches, lambda rows: self._references(rows, "thumbs reference"))
+            term = Channel(
+                "thumb",
+                thumb_weight,
+                verdicts.batch_at,
+                verdicts.loss,
+                preference,
+                follows="preference",
+                size=verdicts.size,
+                tokens=_tokens,
+            )
+            if self.num_pairs:
+                channels.append(term)
+            else:
+                channels[1] = dataclasses.replace(term, name="preference", follows="")
+        if held_rows:
+            held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
+            channels.append(
+                Channel(
+                    "anchor",
+                    held,
+                    self._anchor_batches(held_rows, held_order),
+                    self._anchor_loss,
+                    memory,
+                    follows="memory",
+                    size=_squared_states,
+                    tokens=_tokens,
                 )
+            )
         return channels
 
-    def targets(self, channels: Sequence[Channel]) -> list[str]:
-        """The layers that get an adapter: those some channel with rows may move."""
-        wanted = {
-            kind
-            for channel, kind in zip(channels, (self.settings.memory_targets, self.settings.preference_targets))
-            if channel.weight
-        }
+    def targets(self, weights: Sequence[float]) -> list[str]:
+        """The layers that get an adapter: those some channel with rows may move.
+
+        Args:
+            weights: of the memory and the preference channel, 0 without rows; what follows is not looked at.
+        """
+        kinds = (self.settings.memory_targets, self.settings.preference_targets)
+        wanted = {kind for weight, kind in zip(weights, kinds) if weight}
         return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
 
     def head_directions(self) -> mx.array | None:
         """`strongest_directions` of replies of pairs and thumbs; None without any, and where the head is free."""
         if not (self.settings.head_rank and self.valued_rows):
             return None
-        return strongest_directions(self.logprobs, self.valued_rows, min(self.settings.head_rank, self.settings.rank))
+        rank = min(self.settings.head_rank, self.settings.rank)
+        return strongest_directions(self.logprobs, self.valued_rows, rank, batch=self._at_once(self.valued_rows))
 
     def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
         """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
@@ -312,7 +364,77 @@ class Material:
             save_every=settings.save_every,
             blend=settings.blend,
             seed=settings.seed,
+            accumulate=self.micro_batches,
         )
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def _fit_in(self, lessons: Sequence[Lessons], keys: Sequence[str], rows: Sequence[Row]) -> None:
+        """Work out what training takes; where there is a limit, compute as it asks for, and say so.
+
+        Args:
+            keys: layers that get an adapter.
+            rows: all that lessons are made of.
+
+        Raises: TrainingError where nothing fits.
+        """
+        limit, there, settings = self.limit, footprint.there_is(), self.settings
+        gradients = len(lessons) * (2 if settings.blend == "normalised" else 1)
+        self.costs = Costs(self.logprobs, self.shape, keys, gradients=gradients)
+        budget = Budget(self.costs, lessons)
+        configured = Picks(self.logprobs.logits_bytes, self.logprobs.checkpoints)
+        if limit is None:
+            fit = Fit(configured, budget.estimate(configured), None, there)
+        else:
+            fit = budget.fit(configured, limit, can_checkpoint=not settings.dropout and self.logprobs.can_checkpoint)
+            if not fit.fits:
+                raise TrainingError(self._too_little(fit, max(row.num_tokens for row in rows)))
+        self.logprobs.logits_bytes, self.logprobs.checkpoints = fit.picks.logits_bytes, fit.picks.checkpoints
+        self.micro_batches = fit.picks.micro_batches
+        if fit.picks.checkpoints:
+            self.counts["checkpointed"] = fit.picks.checkpoints
+        fit = dataclasses.replace(fit, estimate=max(fit.estimate, self._reading(rows, self._at_once(rows)), key=TOTAL))
+        self.counts["memory"] = {
+            "limit_gb": limit / footprint.GB if limit is not None else None,
+            "estimate_gb": fit.estimate.in_gb(),
+            "as_configured_gb": (fit.before or fit.estimate).total / footprint.GB,
+            "picked": vars(fit.picks),
+        }
+        if limit is not None:
+            self._note(fit.told(configured, self.lm.num_layers))
+        elif not fit.fits:
+            self._note(
+                f"{fit.estimate} may be needed, and this machine has {shown(there)}: --memory-gb 0 computes it so that "
+                "it fits"
+            )
+
+    def _at_once(self, rows: Sequence[Row]) -> int:
+        """How many of these rows are read at once where no gradient is wanted."""
+        at_once = READ_AT_ONCE
+        while self.limit is not None and at_once > 1 and self._reading(rows, at_once).total > self.limit:
+            at_once //= 2
+        return at_once
+
+    def _reading(self, rows: Sequence[Row], at_once: int) -> Estimate:
+        """What `reference_logprobs` takes for these rows."""
+        order, picks = by_prompt(rows), Picks(self.logprobs.logits_bytes, self.logprobs.checkpoints)
+        batches = [[rows[i] for i in order[start : start + at_once]] for start in range(0, len(order), at_once)]
+        loads = heaviest(self.logprobs, batches, spread=not picks.checkpoints)
+        return max((self.costs.forward(load, picks) for load in loads), key=TOTAL)
+
+    def _too_little(self, fit: Fit, longest: int) -> str:
+        settings = self.settings
+        has = f"{'dual.memory_gb allows' if settings.memory_gb else 'there is'} {shown(fit.limit)}"
+        dropout = ", or set dual.dropout to 0, so that blocks can be computed twice" if settings.dropout else ""
+        return (
+            f"an adapter on {self.lm.name} takes {fit.estimate} of memory at the least, and {has}: give it more, end "
+            f"other programs, take a smaller base or a quantised one, or lower dual.max_tokens (the longest row has "
+            f"{longest} tokens) or dual.rank ({settings.rank}){dropout}"
+        )
+
+    def _note(self, text: str) -> None:
+        if self.progress:
+            self.progress({"stage": "memory", "done": 1, "total": 1, "note": text})
 
     # --- rows ------------------------------------------------------------------------------------------------------
 
@@ -341,7 +463,8 @@ class Material:
     def _references(self, rows: list[Row], stage: str) -> np.ndarray:
         report = self.progress
         tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
-        return np.array(reference_logprobs(self.logprobs, rows, progress=tell), np.float32)
+        done = reference_logprobs(self.logprobs, rows, batch=self._at_once(rows), progress=tell)
+        return np.array(done, np.float32)
 
     def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
         """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
@@ -352,12 +475,18 @@ class Material:
         return rows, np.array(both, int).reshape(-1, 2).T
 
     def _pair_batches(
-        self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference]
-    ) -> Callable[[int], PairBatch]:
+        self,
+        pairs: list[Preference],
+        gates: np.ndarray,
+        unsafe: list[Preference],
+        rows: list[Row],
+        sides: np.ndarray,
+        order: Order,
+    ) -> Callable[[int], PairBatch | None]:
+        """Batches of these pairs; `rows` and `sides` are what `_replies` made of them."""
+        chosen, rejected = sides
         unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
         pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
-        rows, (chosen, rejected) = self._replies(pairs)
-        self.valued_rows = rows
         reference = self._references(rows, "reference") if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
@@ -369,11 +498,11 @@ class Material:
             lengths = np.array([len(row.response) for row in rows], np.float32)
             likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
             self.usual_likelihood = max(likely.mean().item(), 1e-30)
-        # a prompt's pairs come together: they share replies, and each reply is computed once a step
-        order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed, groups=[pair.prompt for pair in pairs])
 
-        def batch_at(step: int) -> PairBatch:
-            index = order.batch(step)
+        def batch_at(step: int) -> PairBatch | None:
+            index = order.part(step, self.micro_batches)
+            if not len(index):
+                return None
             replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
             places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
@@ -408,19 +537,18 @@ class Material:
             [self._row(thumb.prompt, thumb.response, name=f"thumb {thumb.id}") for thumb in judged],
             np.array([thumb.good for thumb in judged]),
             worth,
-            references=lambda rows: self._references(rows, "thumbs reference"),
             max_tokens=settings.max_tokens,
             beta=settings.beta,
             batch=settings.batch_thumbs,
             seed=settings.seed + 3,
         )
 
-    def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
-        rows = [self._row(*side, name="a reply that the anchor holds") for side in said]
-        order = Order(len(rows), self.settings.batch_anchors, self.settings.seed + 2)
-
-        def batch_at(step: int) -> AnchorBatch:
-            batch = self.logprobs.collate([rows[i] for i in order.batch(step)])
+    def _anchor_batches(self, rows: list[Row], order: Order) -> Callable[[int], AnchorBatch | None]:
+        def batch_at(step: int) -> AnchorBatch | None:
+            index = order.part(step, self.micro_batches)
+            if not len(index):
+                return None
+            batch = self.logprobs.collate([rows[i] for i in index])
             with lora.without_adapter(self.lm, keep=self.adapters_below):
                 base = self.logprobs.hidden(batch).astype(mx.float32)
                 mx.eval(base)
@@ -497,9 +625,10 @@ class Material:
         rows, (chosen, rejected) = self._replies(preferences)
         lengths = np.array([len(rows[place].response) for place in chosen])
         before = self._references(rows, "validation reference")
+        at_once = self._at_once(rows)
 
         def evaluate(step: int) -> dict[str, float]:
-            gained = np.array(reference_logprobs(self.logprobs, rows)) - before
+            gained = np.array(reference_logprobs(self.logprobs, rows, batch=at_once)) - before
             delta = gained[chosen] - gained[rejected]
             displacement = (gained[chosen] / lengths).mean()
             return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
@@ -580,7 +709,32 @@ def _tokens(batch: PairBatch | MemoryBatch | AnchorBatch) -> int:
     return batch.rows.num_tokens
 
 
-def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int) -> mx.array:
+@contextlib.contextmanager
+def memory_limit(settings: DualConfig) -> Iterator[int | None]:
+    """Bytes that training may take, which MLX keeps to inside the block: what it has freed goes back in time.
+
+    None without `dual.memory_gb`, which changes nothing.
+    """
+    if settings.memory_gb is None:
+        yield None
+        return
+    limit = int(settings.memory_gb * footprint.GB) or footprint.there_is()
+    before = mx.set_memory_limit(limit)
+    try:
+        yield limit
+    finally:
+        mx.set_memory_limit(before)
+
+
+def _num_pairs(batch: PairBatch) -> float:
+    return batch.target.size
+
+
+def _squared_states(batch: AnchorBatch) -> float:
+    return mx.square(batch.base).sum().item()
+
+
+def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int, *, batch: int = READ_AT_ONCE) -> mx.array:
     """Principal directions (not centred) of what the output layer reads in replies, `[rank, D]` float32.
 
     The first is near the mean: an adapter that reads it weighs words, whatever was said before, and can be learnt
@@ -588,7 +742,7 @@ def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int) -> 
     (arXiv 2410.07170), who start every LoRA from its inputs' principal directions.
     """
     rows = sorted(rows, key=lambda row: row.num_tokens)[:: max(1, len(rows) // 128)]
-    parts = [logprobs.hidden(logprobs.collate(rows[i : i + 16])) for i in range(0, len(rows), 16)]
+    parts = [logprobs.hidden(logprobs.collate(rows[i : i + batch])) for i in range(0, len(rows), batch)]
     hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
     _, strength, axes = np.linalg.svd(hidden, full_matrices=False)
     return mx.array(HEAD_GAIN * len(hidden) ** 0.5 * axes[:rank] / strength[:rank, None])

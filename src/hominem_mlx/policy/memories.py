@@ -28,15 +28,20 @@ class Memories:
         weight: float32, one a memory.
         batch: memories a batch.
         seed: of their order.
+
+    Attributes:
+        micro_batches: parts of a batch, where one does not fit; `batch_at` then counts parts.
     """
 
     def __init__(self, logprobs: LogProbs, rows: Sequence[Row], weight: np.ndarray, *, batch: int, seed: int):
         self.logprobs, self.rows, self.weight = logprobs, rows, weight
-        self.order = Order(len(rows), batch, seed)
+        self.order, self.micro_batches = Order(len(rows), batch, seed), 1
 
-    def batch_at(self, step: int) -> MemoryBatch:
-        """The batch of a step; epochs go round for ever."""
-        index = self.order.batch(step)
+    def batch_at(self, step: int) -> MemoryBatch | None:
+        """The batch of a step; epochs go round for ever. None where a batch has fewer rows than parts."""
+        index = self.order.part(step, self.micro_batches)
+        if not len(index):
+            return None
         return MemoryBatch(self.logprobs.collate([self.rows[i] for i in index]), mx.array(self.weight[index]))
 
     def loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:

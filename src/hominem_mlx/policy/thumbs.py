@@ -25,7 +25,7 @@ class ThumbBatch:
     """`n` thumbs. Of each: reference float32, good bool, weight float32, all `[n]`.
 
     strange: `m` replies, each behind a prompt that it was not given to, and their reference `[m]`; None where all
-    thumbs are about one prompt.
+    thumbs are about one prompt. A part of a batch has those of the whole one, and so the same z0.
     """
 
     rows: Rows
@@ -36,17 +36,19 @@ class ThumbBatch:
 
 
 class Thumbs:
-    """Thumbs, ready to be cut into batches.
+    """Thumbs, ready to be cut into batches once they `begin`.
 
     Args:
         rows: one a thumb.
         good: bool, one a thumb.
         weight: float32, one a thumb, before balance.
-        references: log-probabilities of rows under the reference, called once.
         max_tokens: longest row.
         beta: of the loss.
         batch: thumbs a batch.
         seed: of their order.
+
+    Attributes:
+        strange: by number of a thumb, the row that z0 has of it.
     """
 
     def __init__(
@@ -56,7 +58,6 @@ class Thumbs:
         good: np.ndarray,
         weight: np.ndarray,
         *,
-        references: Callable[[list[Row]], np.ndarray],
         max_tokens: int,
         beta: float,
         batch: int,
@@ -64,28 +65,35 @@ class Thumbs:
     ):
         self.logprobs, self.rows, self.good, self.beta = logprobs, rows, good, beta
         self.weight = weight * balance(good)
-        self.partner = partners(rows)
-        strange = [
-            fit(Row(row.prompt, rows[other].response), max_tokens)[0]
-            for row, other in zip(rows, self.partner)
+        self.strange = {
+            place: fit(Row(rows[place].prompt, rows[other].response), max_tokens)[0]
+            for place, other in enumerate(partners(rows).tolist())
             if other >= 0
-        ]
-        values = references([*rows, *strange])
-        self.reference = values[: len(rows)]
-        places = np.flatnonzero(self.partner >= 0)
-        self.strange = dict(zip(places.tolist(), zip(strange, values[len(rows) :].tolist()), strict=True))
+        }
         self.order = Order(len(rows), batch, seed)
 
-    def batch_at(self, step: int) -> ThumbBatch:
-        """The batch of a step; epochs go round for ever."""
-        index = self.order.batch(step)
-        strange = [self.strange[i] for i in index.tolist() if i in self.strange]
+    def begin(self, micro_batches: int, references: Callable[[list[Row]], np.ndarray]) -> None:
+        """Read all rows under the reference; `batch_at` then counts so many parts of a batch."""
+        self.micro_batches = micro_batches
+        values = references([*self.rows, *self.strange.values()])
+        self.reference = values[: len(self.rows)]
+        self.strange_reference = dict(zip(self.strange, values[len(self.rows) :].tolist(), strict=True))
+
+    def batch_at(self, step: int) -> ThumbBatch | None:
+        """The batch of a step; epochs go round for ever. None where a batch has fewer rows than parts."""
+        index = self.order.part(step, self.micro_batches)
+        if not len(index):
+            return None
+        strange = [i for i in self.order.batch(step // self.micro_batches).tolist() if i in self.strange]
         return ThumbBatch(
             self.logprobs.collate([self.rows[i] for i in index]),
             mx.array(self.reference[index]),
             mx.array(self.good[index]),
             mx.array(self.weight[index]),
-            (self.logprobs.collate([row for row, _ in strange]), mx.array([value for _, value in strange]))
+            (
+                self.logprobs.collate([self.strange[i] for i in strange]),
+                mx.array([self.strange_reference[i] for i in strange]),
+            )
             if strange
             else None,
         )
@@ -99,6 +107,10 @@ class Thumbs:
             baseline = losses.kto_baseline(self.logprobs(rows, gradient=False) - reference)
         loss = (batch.weight * losses.kto(gained, batch.good, baseline, beta=self.beta)).mean()
         return loss, {"accuracy": ((gained > baseline) == batch.good).mean(), "baseline": baseline}
+
+    def size(self, batch: ThumbBatch) -> float:
+        """Thumbs, which the loss is a mean over."""
+        return batch.good.size
 
 
 def learnable_thumbs(

@@ -1,5 +1,6 @@
 """Texts as rows of tokens: a prompt, a reply, and which positions predict the reply."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -122,13 +123,22 @@ class Order:
         self.batches_an_epoch = -(-size // batch)
         names = {name: number for number, name in enumerate(dict.fromkeys(groups or []))}
         self.group = np.array([names[name] for name in groups]) if groups else np.arange(size)
+        self._epoch = functools.lru_cache(maxsize=1)(self._shuffled)  # asked for once a batch
 
     def batch(self, step: int) -> np.ndarray:
         """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
         epoch, place = divmod(step, self.batches_an_epoch)
+        return self._epoch(epoch)[place * self.size_of_batch : (place + 1) * self.size_of_batch]
+
+    def part(self, place: int, parts: int) -> np.ndarray:
+        """Of batches in so many parts, counted through, that at `place`; empty where a batch has fewer rows."""
+        step, number = divmod(place, parts)
+        return np.array_split(self.batch(step), parts)[number]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """All row numbers in the order of an epoch."""
         turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
-        order = np.argsort(np.argsort(turn)[self.group], kind="stable")
-        return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
+        return np.argsort(np.argsort(turn)[self.group], kind="stable")
 
 
 def by_prompt(rows: Sequence[Row]) -> list[int]:

@@ -17,13 +17,14 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.models import lora, platform
 from hominem_mlx.policy import dual
+from hominem_mlx.policy.material import Material
 from hominem_mlx.records import Preference, SftPair, Thumb
 from hominem_mlx.training import budget, costs, footprint, loop
 from hominem_mlx.training import logprobs as training_logprobs
 from hominem_mlx.training.budget import Budget, Lessons
 from hominem_mlx.training.costs import Costs, Estimate, Load, Picks
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Order, Row, collate
+from hominem_mlx.training.rows import Order, Parts, Row, collate
 
 WORDS = [
     "sun",
@@ -231,7 +232,7 @@ CASES = {
 def readied(lm, settings, data, limit=None):
     """Material, its channels and the estimate in bytes."""
     pairs, memories, thumbs = data
-    material = dual.Material(lm, settings, None, None, limit)
+    material = Material(lm, settings, None, None, limit)
     channels = material.channels(pairs, memories, thumbs=thumbs)
     return material, channels, material.counts["memory"]["estimate_gb"]["total"] * footprint.GB
 
@@ -242,9 +243,8 @@ def trained(lm, settings, data, folder, limit=None):
     before = mx.get_active_memory() - sum(value.nbytes for _, value in tree_flatten(lm.model.parameters()))
     mx.reset_peak_memory()
     material, channels, estimate = readied(lm, settings, data, limit)
-    keys = material.targets([channel.weight for channel in channels])
-    lora.attach(lm, material.shape, seed=0, keys=keys)
-    plan = loop.Plan(steps=2, learning_rate=1e-3, accumulate=material.micro_batches)
+    lora.attach(lm, material.shape, seed=0, keys=material.keys)
+    plan = loop.Plan(steps=2, learning_rate=1e-3, accumulate=material.parts.micro_batches)
     loop.train(lm.model, channels, plan, folder)
     return estimate, mx.get_peak_memory() - before
 
@@ -344,10 +344,16 @@ def test_what_was_picked_and_why_is_one_line():
 def test_parts_of_a_batch_are_its_rows_once_each():
     order = Order(11, 4, seed=1)
     for step in range(6):
-        parts = [order.part(3 * step + number, 3) for number in range(3)]
+        parts = [Parts(3).at(order, 3 * step + number) for number in range(3)]
         assert np.concatenate(parts).tolist() == order.batch(step).tolist()
-    assert order.part(5, 1).tolist() == order.batch(5).tolist()
-    assert [len(order.part(5 * 2 + number, 5)) for number in range(5)] == [1, 1, 1, 0, 0]  # three rows are left then
+    assert Parts().at(order, 5).tolist() == order.batch(5).tolist()
+    assert [len(Parts(5).at(order, 5 * 2 + number)) for number in range(5)] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]  # three rows are left then
 
 
 @pytest.mark.parametrize("loss", ["dpo", "wpo", "simpo"])
@@ -358,13 +364,12 @@ def test_parts_give_the_loss_and_the_gradient_of_the_whole_batch(random_lm, loss
     pairs = some_pairs(3, 2)
     pairs.append(pairs[0].model_copy(update={"safety_score": -0.9, "rejected_safety_score": -0.8}))
     lm, thumbs = random_lm(), [] if loss == "simpo" else some_thumbs(5)
-    material = dual.Material(lm, settings_of(*sizes, *other, f"dual.loss={loss}"), None, None)
+    material = Material(lm, settings_of(*sizes, *other, f"dual.loss={loss}"), None, None)
     channels = material.channels(pairs, some_memories(5), thumbs=thumbs)
     assert len(channels) == 3 + bool(thumbs)
 
     def lessons(channel, parts):
-        for cut in (material, getattr(channel.batch_at, "__self__", material)):
-            cut.micro_batches = parts
+        material.parts.micro_batches = parts
         for batch in map(channel.batch_at, range(parts)):
             if batch is not None:
                 (value, measured), tree = nn.value_and_grad(lm.model, channel.loss)(batch)

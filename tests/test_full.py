@@ -25,7 +25,7 @@ from hominem_mlx.policy.memories import Memories
 from hominem_mlx.records import Preference, SftPair
 from hominem_mlx.training import footprint, loop
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Row, collate, to_row
+from hominem_mlx.training.rows import Parts, Row, collate, to_row
 
 FAST = ["full.learning_rate=3e-3", "full.epochs=2", "full.accumulate=4", "full.log_every=1", "full.save_every=2"]
 MEMORIES = [
@@ -189,8 +189,8 @@ def test_accumulated_micro_batches_are_one_big_batch(tiny, at_once):
     lm.model.unfreeze()
     rows, weight = memory_rows(lm)[:6], np.linspace(0.3, 1, 6).astype(np.float32)
     assert len({len(row.response) for row in rows}) > 1
-    lessons = Memories(LogProbs(lm), rows, weight, batch=at_once, seed=0)
-    whole = Memories(LogProbs(lm), rows, weight, batch=6, seed=0)
+    lessons = Memories(LogProbs(lm), rows, weight, Parts(), batch=at_once, seed=0)
+    whole = Memories(LogProbs(lm), rows, weight, Parts(), batch=6, seed=0)
     value_and_grad = nn.value_and_grad(lm.model, lessons.loss)
     channel = loop.Channel("memory", 1.0, lessons.batch_at, lessons.loss, size=lessons.size)
     loss, _, gradient = loop._lesson(channel, value_and_grad, 0, 0.7, 6 // at_once)

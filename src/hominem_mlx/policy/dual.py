@@ -2,77 +2,37 @@
 
     L = w_s * CE(memories) + w_p * mean over pairs of  gate * intensity * [soft DPO + alpha * NLL(chosen) / tokens]
 
-plus, where there are single thumbs, their KTO loss as a part of the preference channel (`thumbs.py`); and, where asked
-for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps
-memories from changing everything else.
+plus, where there are single thumbs, their KTO loss as a part of the preference channel; and, where asked for, an
+anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies that are no memories, which keeps memories from changing everything
+else. Each term has its file: `memories.py`, `pairs.py`, `thumbs.py`, `anchor.py`; `material.py` puts them together.
+
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
 """
 
-import contextlib
-import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
-from hominem_mlx import losses
-from hominem_mlx.config import Config, DualConfig
-from hominem_mlx.errors import TrainingError
+from hominem_mlx.config import Config
 from hominem_mlx.files import lock, read_jsonl, sha256_json, write_jsonl
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.policy.memories import Memories, MemoryBatch, gate, learnable
-from hominem_mlx.policy.thumbs import Thumbs, learnable_thumbs
-from hominem_mlx.records import Preference, SftPair, Thumb, Turn
+from hominem_mlx.policy.held_back import sketches, validation, watch
+from hominem_mlx.policy.material import Material
+from hominem_mlx.records import Preference, SftPair, Thumb
 from hominem_mlx.storage.registry import Artifact, Registry
-from hominem_mlx.training import blend, footprint
-from hominem_mlx.training.budget import Budget, Fit, Lessons
-from hominem_mlx.training.costs import TOTAL, Costs, Estimate, Picks, heaviest, shown
-from hominem_mlx.training.kept import keep, take_back
-from hominem_mlx.training.logprobs import READ_AT_ONCE, LogProbs, reference_logprobs
-from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage
+from hominem_mlx.training.budget import memory_limit
+from hominem_mlx.training.kept import take_back
+from hominem_mlx.training.loop import METRICS, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Order, Row, Rows, Said, by_prompt, spoken, to_row
-from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
+from hominem_mlx.training.rows import Said
+from hominem_mlx.training.sketch import write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
-UNLEARN_GATE = 0.1  # `science.md` 3.4: unsafe texts drive at most a tenth of what a safe pair does
-HEAD_GAIN = 16.0  # found on the bundled student: words are then weighed as fast as the other layers learn facts
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """`n` pairs over `r` different replies, and what the loss needs of each.
-
-    chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
-    target, weight (gate * intensity), margin (of the scores, 1 where there are none). unlearn: bool `[n]`, pairs whose
-    two sides are both to become less likely.
-    """
-
-    rows: Rows
-    reference: mx.array
-    chosen: mx.array
-    rejected: mx.array
-    target: mx.array
-    weight: mx.array
-    margin: mx.array
-    unlearn: mx.array
-
-
-@dataclass(frozen=True)
-class AnchorBatch:
-    """`n` replies that memories must leave alone, and the base's final hidden states there, float32 `[N, D]`."""
-
-    rows: Rows
-    base: mx.array
 
 
 def train(
@@ -103,15 +63,11 @@ def train(
         the loss stops being finite.
     """
     settings = config.dual
-    preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
-    validation = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
-    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
-    anchors = []
-    if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
-        anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
-    thumbs = []
-    if settings.thumb_weight and (pairs.folder / "thumbs.jsonl").exists():
-        thumbs = read_jsonl(pairs.file("thumbs.jsonl"), Thumb, unique=None, may_be_empty=True)
+    preferences = _rows(pairs, "preferences.train.jsonl", Preference)
+    held_back = _rows(pairs, "preferences.valid.jsonl", Preference)
+    memories = _rows(pairs, "memory.jsonl", SftPair)
+    anchors = _rows(pairs, "anchors.jsonl", SftPair, optional=True) if settings.anchor_weight else []
+    thumbs = _rows(pairs, "thumbs.jsonl", Thumb, optional=True) if settings.thumb_weight else []
     identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
     resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json", exclude={"memory_gb"}), **identity}
     parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
@@ -120,17 +76,14 @@ def train(
     with (
         lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
         lora.loaded(lm, under),
-        memory_limit(settings) as limit,
+        memory_limit(settings.memory_gb) as limit,
     ):
         material = Material(lm, settings, config.student.system, progress, limit)
         mx.reset_peak_memory()
-        preferences, held_back = material.spoken(preferences), material.spoken(validation)
-        memories, anchors = material.spoken(memories), material.spoken(anchors)
-        channels = material.channels(preferences, memories, anchors, material.spoken(thumbs))
-        validate = material.validation(held_back)
-        keys = material.targets([channel.weight for channel in channels])
+        channels = material.channels(*map(material.spoken, (preferences, memories, anchors, thumbs)))
+        validate = validation(material, material.spoken(held_back))
         directions = material.head_directions()
-        lora.attach(lm, material.shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
+        lora.attach(lm, material.shape, seed=settings.seed, keys=material.keys, on_top=on_top_of is not None)
         if directions is not None:
             lora.aim_head(lm, directions)
         before = look(lm) if look else {}
@@ -141,10 +94,10 @@ def train(
         summary = run_loop(
             lm.model,
             channels,
-            material.plan(preferences, memories),
+            material.plan(),
             run,
             evaluate=measure if validate or look else None,
-            should_stop=material.watch(run),
+            should_stop=watch(material, run),
             progress=as_stage(progress),
         )
         kept_step = (take_back(lm.model, run) if settings.keep == "best" else None) or summary["steps"]
@@ -152,8 +105,8 @@ def train(
             "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, material.shape)
-            if sketches := material.sketches(validation):
-                write_sketches(sketches, draft.folder)
+            if sketched := sketches(material, held_back):
+                write_sketches(sketched, draft.folder)
             if looks := [{"step": 0, **before}] * bool(before) + summary["evaluations"]:
                 write_jsonl(draft.folder / METRICS, looks)
             draft.metrics = {"training": summary, "before": before, "kept_step": kept_step, **material.counts}
@@ -163,603 +116,8 @@ def train(
     return draft.published
 
 
-class Material:
-    """Rows, references, gates and weights, ready to be cut into batches. Everything here is computed once.
-
-    Args:
-        limit: bytes of memory that training may take; None: it is done as configured, whatever it takes.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        settings: DualConfig,
-        system: str | None,
-        progress: Progress | None,
-        limit: int | None = None,
-    ):
-        self.lm, self.settings, self.system, self.progress, self.limit = lm, settings, system, progress, limit
-        self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
-        self.shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
-        self.micro_batches = 1
-        self.adapters_below = len(lm.adapters)  # the new one is not on yet
-        self.valued_rows: list[Row] = []  # replies of pairs and thumbs
-        self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
-
-    def channels(
-        self,
-        preferences: Sequence[Preference],
-        memories: Sequence[SftPair],
-        anchors: Sequence[SftPair] = (),
-        thumbs: Sequence[Thumb] = (),
-    ) -> list[Channel]:
-        """The terms of the loss; a channel without rows has weight 0 and says so in the counts."""
-        settings = self.settings
-        pairs, gates = self.gated(preferences)
-        kept, confidence = learnable(memories, safety_low=settings.safety_low, safety_high=settings.safety_high)
-        unsafe = self.unlearnt(preferences)
-        self.counts |= {
-            "preferences": {
-                "given": len(preferences),
-                "refused_by_gate": len(preferences) - len(pairs) - len(unsafe),
-                "unlearnt": len(unsafe),
-            },
-            "memories": {"given": len(memories), "refused_by_gate": len(memories) - len(kept)},
-        }
-        judged, worth = learnable_thumbs(thumbs, safety_low=settings.safety_low, safety_high=settings.safety_high)
-        if thumbs:
-            self.counts["thumbs"] = {"given": len(thumbs), "refused_by_gate": len(thumbs) - len(judged)}
-        learnt = (len(kept), len(pairs) + len(unsafe))
-        weights = [settings.memory_weight * bool(learnt[0]), settings.preference_weight * bool(learnt[1])]
-        if settings.ideal_memories or settings.ideal_pairs:
-            weights = blend.availability(weights, learnt, (settings.ideal_memories, settings.ideal_pairs))
-        if judged and settings.loss == "simpo":
-            raise TrainingError(
-                f"dual.loss = simpo has a beta of tokens, and the {len(judged)} single thumbs need one of replies: "
-                "take another dual.loss, or leave thumbs out with dual.thumb_weight = 0"
-            )
-        thumb_weight = settings.thumb_weight * bool(judged)
-        if weights[1]:  # few thumbs have their turn often: one counts like a pair, and all no more than all pairs
-            thumb_weight *= weights[1] * min(1.0, len(judged) / learnt[1])
-        else:  # without pairs thumbs are the preference channel
-            weights[1] = thumb_weight = settings.preference_weight * thumb_weight
-        if sum(weights) == 0:
-            raise TrainingError(
-                "there is nothing to learn from: no memory, no preference pair and no thumb is left "
-                f"({self.counts}); look at the data with `hominem data stats` or change the weights"
-            )
-        self.counts["weights"] = {"memory": weights[0], "preference": weights[1]}
-        self.num_memories, self.num_pairs = (rows * bool(weight) for rows, weight in zip(learnt, weights))
-        self.num_thumbs = len(judged) * bool(thumb_weight)
-        may_move: dict[str, Callable[[str], bool]] = {
-            "linear": lambda name: not lora.is_head(name),
-            "head": lora.is_head,
-            "all": lambda name: True,
-        }
-        memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
-        rows = [
-            self._row(lesson.instruction, lesson.response, lesson.history or (), name=f"memory {lesson.id}")
-            for lesson in kept
-        ]
-        lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
-        pair_rows, sides = self._replies([*pairs, *unsafe])
-        # a prompt's pairs come together: they share replies, and each reply is computed once a step
-        prompts = [pair.prompt for pair in (*pairs, *unsafe)]
-        pair_order = Order(len(prompts), settings.batch_pairs, settings.seed, groups=prompts)
-        verdicts = self._thumbs(judged, worth) if thumb_weight else None
-        self.valued_rows = [*pair_rows, *(verdicts.rows if verdicts else ())]
-        said: set[tuple[str, str]] = set()
-        if settings.anchor_weight and weights[0]:
-            said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
-            said |= {(anchor.instruction, anchor.response) for anchor in anchors}
-        held_rows = [self._row(*side, name="a reply that the anchor holds") for side in sorted(said)]
-        held_order = Order(len(held_rows), settings.batch_anchors, settings.seed + 2)
-        steps, taught = self.plan(preferences, memories).steps, []
-        if weights[0]:
-            taught.append(Lessons(lessons.order, rows, steps, settings.memory_targets))
-        if self.num_pairs:
-            taught.append(Lessons(pair_order, pair_rows, steps, settings.preference_targets, sides=sides))
-        if verdicts:
-            valued = (verdicts.order, verdicts.rows, steps, settings.preference_targets)
-            taught.append(Lessons(*valued, beside=verdicts.strange))
-        if held_rows:
-            taught.append(Lessons(held_order, held_rows, steps, settings.memory_targets, words=False))
-        strange = verdicts.strange.values() if verdicts else ()
-        self._fit_in(taught, self.targets(weights), [*rows, *self.valued_rows, *strange, *held_rows])
-        lessons.micro_batches = self.micro_batches
-        pair_batches = self._pair_batches(pairs, gates, unsafe, pair_rows, sides, pair_order)
-        channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, size=lessons.size, tokens=_tokens),
-            Channel(
-                "preference", weights[1], pair_batches, self._pair_loss, preference, size=_num_pairs, tokens=_tokens
-            ),
-        ]
-        if verdicts:
-            verdicts.begin(self.micro_batches, lambda rows: self._references(rows, "thumbs reference"))
-            term = Channel(
-                "thumb",
-                thumb_weight,
-                verdicts.batch_at,
-                verdicts.loss,
-                preference,
-                follows="preference",
-                size=verdicts.size,
-                tokens=_tokens,
-            )
-            if self.num_pairs:
-                channels.append(term)
-            else:
-                channels[1] = dataclasses.replace(term, name="preference", follows="")
-        if held_rows:
-            held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
-            channels.append(
-                Channel(
-                    "anchor",
-                    held,
-                    self._anchor_batches(held_rows, held_order),
-                    self._anchor_loss,
-                    memory,
-                    follows="memory",
-                    size=_squared_states,
-                    tokens=_tokens,
-                )
-            )
-        return channels
-
-    def targets(self, weights: Sequence[float]) -> list[str]:
-        """The layers that get an adapter: those some channel with rows may move.
-
-        Args:
-            weights: of the memory and the preference channel, 0 without rows; what follows is not looked at.
-        """
-        kinds = (self.settings.memory_targets, self.settings.preference_targets)
-        wanted = {kind for weight, kind in zip(weights, kinds) if weight}
-        return lora.targets(self.lm, linear=bool(wanted & {"linear", "all"}), head=bool(wanted & {"head", "all"}))
-
-    def head_directions(self) -> mx.array | None:
-        """`strongest_directions` of replies of pairs and thumbs; None without any, and where the head is free."""
-        if not (self.settings.head_rank and self.valued_rows):
-            return None
-        rank = min(self.settings.head_rank, self.settings.rank)
-        return strongest_directions(self.logprobs, self.valued_rows, rank, batch=self._at_once(self.valued_rows))
-
-    def gated(self, preferences: Sequence[Preference]) -> tuple[list[Preference], np.ndarray]:
-        """Pairs that may be learnt from and their gates `[n]` in (0, 1]; swapped where that is allowed (3.4)."""
-        settings, pairs, gates = self.settings, [], []
-        for pair in preferences:
-            gate = self._gate(pair.safety_score)
-            if gate == 0 and settings.allow_swap and pair.safety_score < -0.5:
-                pair = swap(pair)
-                gate = 0.5 * (pair.safety_score >= settings.safety_high)
-            if gate > 0:
-                pairs.append(pair)
-                gates.append(gate)
-        return pairs, np.array(gates, np.float32)
-
-    def unlearnt(self, preferences: Sequence[Preference]) -> list[Preference]:
-        """Pairs with both sides unsafe, where those are to become less likely (3.4)."""
-        if self.settings.unsafe_pairs == "drop":
-            return []
-        limit = self.settings.safety_low
-        return [pair for pair in preferences if max(pair.safety_score, pair.rejected_safety_score) < limit]
-
-    def plan(self, preferences: Sequence[Preference], memories: Sequence[SftPair]) -> Plan:
-        """As many steps as the longer channel needs for its epochs; the other one goes round again."""
-        settings, weights = self.settings, self.counts["weights"]
-        batches = {
-            "memory": -(-self.num_memories // settings.batch_memories),
-            "preference": max(-(-self.num_pairs // settings.batch_pairs), -(-self.num_thumbs // settings.batch_thumbs)),
-        }
-        steps = settings.epochs * max(batches.values())
-        if settings.blend == "alternate":  # a channel has its share of the steps only
-            total = sum(weights.values())
-            steps = max(round(settings.epochs * n * total / weights[name]) for name, n in batches.items() if n)
-        return Plan(
-            steps=steps,
-            learning_rate=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            eval_every=settings.eval_every,
-            save_every=settings.save_every,
-            blend=settings.blend,
-            seed=settings.seed,
-            accumulate=self.micro_batches,
-        )
-
-    # --- memory ----------------------------------------------------------------------------------------------------
-
-    def _fit_in(self, lessons: Sequence[Lessons], keys: Sequence[str], rows: Sequence[Row]) -> None:
-        """Work out what training takes; where there is a limit, compute as it asks for, and say so.
-
-        Args:
-            keys: layers that get an adapter.
-            rows: all that lessons are made of.
-
-        Raises: TrainingError where nothing fits.
-        """
-        limit, there, settings = self.limit, footprint.there_is(), self.settings
-        gradients = len(lessons) * (2 if settings.blend == "normalised" else 1)
-        self.costs = Costs(self.logprobs, self.shape, keys, gradients=gradients)
-        budget = Budget(self.costs, lessons)
-        configured = Picks(self.logprobs.logits_bytes, self.logprobs.checkpoints)
-        if limit is None:
-            fit = Fit(configured, budget.estimate(configured), None, there)
-        else:
-            fit = budget.fit(configured, limit, can_checkpoint=not settings.dropout and self.logprobs.can_checkpoint)
-            if not fit.fits:
-                raise TrainingError(self._too_little(fit, max(row.num_tokens for row in rows)))
-        self.logprobs.logits_bytes, self.logprobs.checkpoints = fit.picks.logits_bytes, fit.picks.checkpoints
-        self.micro_batches = fit.picks.micro_batches
-        if fit.picks.checkpoints:
-            self.counts["checkpointed"] = fit.picks.checkpoints
-        fit = dataclasses.replace(fit, estimate=max(fit.estimate, self._reading(rows, self._at_once(rows)), key=TOTAL))
-        self.counts["memory"] = {
-            "limit_gb": limit / footprint.GB if limit is not None else None,
-            "estimate_gb": fit.estimate.in_gb(),
-            "as_configured_gb": (fit.before or fit.estimate).total / footprint.GB,
-            "picked": vars(fit.picks),
-        }
-        if limit is not None:
-            self._note(fit.told(configured, self.lm.num_layers))
-        elif not fit.fits:
-            self._note(
-                f"{fit.estimate} may be needed, and this machine has {shown(there)}: --memory-gb 0 computes it so that "
-                "it fits"
-            )
-
-    def _at_once(self, rows: Sequence[Row]) -> int:
-        """How many of these rows are read at once where no gradient is wanted."""
-        at_once = READ_AT_ONCE
-        while self.limit is not None and at_once > 1 and self._reading(rows, at_once).total > self.limit:
-            at_once //= 2
-        return at_once
-
-    def _reading(self, rows: Sequence[Row], at_once: int) -> Estimate:
-        """What `reference_logprobs` takes for these rows."""
-        order, picks = by_prompt(rows), Picks(self.logprobs.logits_bytes, self.logprobs.checkpoints)
-        batches = [[rows[i] for i in order[start : start + at_once]] for start in range(0, len(order), at_once)]
-        loads = heaviest(self.logprobs, batches, spread=not picks.checkpoints)
-        return max((self.costs.forward(load, picks) for load in loads), key=TOTAL)
-
-    def _too_little(self, fit: Fit, longest: int) -> str:
-        settings = self.settings
-        has = f"{'dual.memory_gb allows' if settings.memory_gb else 'there is'} {shown(fit.limit)}"
-        dropout = ", or set dual.dropout to 0, so that blocks can be computed twice" if settings.dropout else ""
-        return (
-            f"an adapter on {self.lm.name} takes {fit.estimate} of memory at the least, and {has}: give it more, end "
-            f"other programs, take a smaller base or a quantised one, or lower dual.max_tokens (the longest row has "
-            f"{longest} tokens) or dual.rank ({settings.rank}){dropout}"
-        )
-
-    def _note(self, text: str) -> None:
-        if self.progress:
-            self.progress({"stage": "memory", "done": 1, "total": 1, "note": text})
-
-    # --- rows ------------------------------------------------------------------------------------------------------
-
-    def spoken(self, rows: Sequence[Said]) -> list[Said]:
-        """Those in whose every reply something is said; the others are left out and counted."""
-        kept = spoken(self.lm, rows)
-        self._count("all_thoughts", len(rows) - len(kept))
-        return kept
-
-    def _row(self, prompt: str, response: str, history: Sequence[Turn] = (), *, name: str) -> Row:
-        longest = self.settings.max_tokens
-        row, lost = to_row(
-            self.lm, prompt, response, history=history, system=self.system, max_tokens=longest, name=name
-        )
-        self._count("cut_responses", lost > 0)
-        self._count("thoughts_left_out", self.lm.spoken(response) != response)
-        return row
-
-    def _count(self, name: str, number: int) -> None:
-        if number:
-            self.counts[name] = self.counts.get(name, 0) + number
-
-    def _gate(self, safety: float) -> float:
-        return gate(safety, low=self.settings.safety_low, high=self.settings.safety_high)
-
-    def _references(self, rows: list[Row], stage: str) -> np.ndarray:
-        report = self.progress
-        tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
-        done = reference_logprobs(self.logprobs, rows, batch=self._at_once(rows), progress=tell)
-        return np.array(done, np.float32)
-
-    def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
-        """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
-        sides = {(pair.prompt, reply): pair.id for pair in pairs for reply in (pair.chosen, pair.rejected)}
-        rows = [self._row(*side, name=f"pair {pair}") for side, pair in sides.items()]
-        places = {side: place for place, side in enumerate(sides)}
-        both = [places[pair.prompt, reply] for pair in pairs for reply in (pair.chosen, pair.rejected)]
-        return rows, np.array(both, int).reshape(-1, 2).T
-
-    def _pair_batches(
-        self,
-        pairs: list[Preference],
-        gates: np.ndarray,
-        unsafe: list[Preference],
-        rows: list[Row],
-        sides: np.ndarray,
-        order: Order,
-    ) -> Callable[[int], PairBatch | None]:
-        """Batches of these pairs; `rows` and `sides` are what `_replies` made of them."""
-        chosen, rejected = sides
-        unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
-        pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
-        reference = self._references(rows, "reference") if pairs else np.zeros(0, np.float32)
-        intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
-        mean = float(intensity.mean()) if pairs else 1.0
-        weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
-        weight = np.where(unlearn, np.minimum(weight, np.float32(UNLEARN_GATE)), weight)
-        target = np.array([pair.target for pair in pairs], np.float32)
-        margin = self._margins(pairs)
-        if self.settings.loss == "wpo" and pairs:  # weights of mean 1 keep what the learning rate means
-            lengths = np.array([len(row.response) for row in rows], np.float32)
-            likely = losses.wpo_weight(*(mx.array((reference / lengths)[side]) for side in (chosen, rejected)))
-            self.usual_likelihood = max(likely.mean().item(), 1e-30)
-
-        def batch_at(step: int) -> PairBatch | None:
-            index = order.part(step, self.micro_batches)
-            if not len(index):
-                return None
-            replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
-            places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
-            return PairBatch(
-                self.logprobs.collate([rows[i] for i in replies]),
-                mx.array(reference[replies]),
-                mx.array(places[0]),
-                mx.array(places[1]),
-                mx.array(target[index]),
-                mx.array(weight[index]),
-                mx.array(margin[index]),
-                mx.array(unlearn[index]),
-            )
-
-        return batch_at
-
-    def _margins(self, pairs: Sequence[Preference]) -> np.ndarray:
-        """By how much the scores of each pair differ, `[n]`; 1 where that is not known: plain DPO."""
-        known = [pair.score_margin or 0.0 for pair in pairs]
-        if self.settings.loss == "odpo":
-            self.counts["pairs_without_score_margin"] = sum(margin <= 0 for margin in known)
-            if pairs and max(known) <= 0:
-                raise TrainingError(
-                    f"dual.loss = odpo needs score_margin, and none of {len(pairs)} preference pairs has one above 0: "
-                    "make pairs from labels (`hominem data pair`), or take dual.loss = dpo"
-                )
-        return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
-
-    def _thumbs(self, judged: Sequence[Thumb], worth: np.ndarray) -> Thumbs:
-        settings = self.settings
-        return Thumbs(
-            self.logprobs,
-            [self._row(thumb.prompt, thumb.response, name=f"thumb {thumb.id}") for thumb in judged],
-            np.array([thumb.good for thumb in judged]),
-            worth,
-            max_tokens=settings.max_tokens,
-            beta=settings.beta,
-            batch=settings.batch_thumbs,
-            seed=settings.seed + 3,
-        )
-
-    def _anchor_batches(self, rows: list[Row], order: Order) -> Callable[[int], AnchorBatch | None]:
-        def batch_at(step: int) -> AnchorBatch | None:
-            index = order.part(step, self.micro_batches)
-            if not len(index):
-                return None
-            batch = self.logprobs.collate([rows[i] for i in index])
-            with lora.without_adapter(self.lm, keep=self.adapters_below):
-                base = self.logprobs.hidden(batch).astype(mx.float32)
-                mx.eval(base)
-            return AnchorBatch(batch, base)
-
-        return batch_at
-
-    # --- losses ----------------------------------------------------------------------------------------------------
-
-    def _anchor_loss(self, batch: AnchorBatch) -> tuple[mx.array, dict[str, mx.array]]:
-        """How far the final hidden states have moved: mean of |h - h_base|^2 over mean of |h_base|^2.
-
-        Not a divergence of the words: an adapter on the output layer reads directions that the base's words hang on
-        but little, and memories would move those for nothing.
-        """
-        moved = mx.square(self.logprobs.hidden(batch.rows).astype(mx.float32) - batch.base).mean()
-        return moved / mx.square(batch.base).mean(), {}
-
-    def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
-        settings, n = self.settings, batch.target.shape[0]
-        logp = self.logprobs(batch.rows)
-        gained = logp - batch.reference
-        won, lost = gained[batch.chosen], gained[batch.rejected]
-        lengths = batch.rows.lengths[batch.chosen]
-        per_pair = self._preferred(batch, logp, won, lost)
-        per_pair = per_pair + settings.nll_weight * losses.nll(logp[batch.chosen], lengths)
-        learnt = mx.logical_not(batch.unlearn)
-        if settings.unsafe_pairs == "npo":
-            # by beta / 2: at the reference each side then has the slope that DPO has there
-            away = settings.beta / 2 * (losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta))
-            per_pair = mx.where(learnt, per_pair, away)
-        # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
-        loss = (batch.weight * per_pair).sum() / n
-        count = mx.maximum(learnt.sum(), 1)
-        return loss, {
-            "accuracy": (learnt * (won > lost)).sum() / count,
-            "displacement": (learnt * won / lengths).sum() / count,
-        }
-
-    def _preferred(self, batch: PairBatch, logp: mx.array, won: mx.array, lost: mx.array) -> mx.array:
-        """The loss that `dual.loss` names, of each pair, `[n]`.
-
-        Args:
-            logp: of each row; won, lost: what chosen and rejected replies gained on the reference, `[n]`.
-        """
-        settings, delta = self.settings, won - lost
-        beta, target = settings.beta, batch.target
-        lengths = batch.rows.lengths
-        if settings.loss == "ipo":
-            return losses.ipo(delta, beta=beta, target=target)
-        if settings.loss == "dpop":
-            return losses.dpop(won, lost, beta=beta, penalty=settings.dpop_lambda, target=target)
-        if settings.loss == "odpo":
-            return losses.odpo(delta, batch.margin, beta=beta, alpha=settings.odpo_alpha, target=target)
-        if settings.loss == "rdpo":
-            extra = lengths[batch.chosen] - lengths[batch.rejected]
-            return losses.rdpo(delta, extra, beta=beta, alpha=settings.rdpo_alpha, target=target)
-        chosen, rejected = ((logp / lengths)[side] for side in (batch.chosen, batch.rejected))
-        if settings.loss == "simpo":
-            return losses.simpo(chosen - rejected, beta=beta, gamma=settings.simpo_gamma, target=target)
-        per_pair = losses.dpo(delta, beta=beta, target=target)
-        if settings.loss == "wpo":
-            per_pair = losses.wpo_weight(chosen, rejected) / self.usual_likelihood * per_pair
-        return per_pair
-
-    # --- looking ---------------------------------------------------------------------------------------------------
-
-    def validation(self, preferences: Sequence[Preference]) -> Callable[[int], dict[str, float]] | None:
-        """A function of the step that measures held-back pairs: accuracy of the implicit reward, displacement."""
-        unsafe = self.unlearnt(preferences)
-        preferences = [pair for pair in preferences if pair not in unsafe]
-        if not preferences:
-            return None
-        rows, (chosen, rejected) = self._replies(preferences)
-        lengths = np.array([len(rows[place].response) for place in chosen])
-        before = self._references(rows, "validation reference")
-        at_once = self._at_once(rows)
-
-        def evaluate(step: int) -> dict[str, float]:
-            gained = np.array(reference_logprobs(self.logprobs, rows, batch=at_once)) - before
-            delta = gained[chosen] - gained[rejected]
-            displacement = (gained[chosen] / lengths).mean()
-            return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
-
-        return evaluate
-
-    def sketches(self, preferences: Sequence[Preference]) -> Sketches | None:
-        """Sketched gradients of the margins of `sketch_pairs` held-back pairs, from all over the file, or None.
-
-        Args:
-            preferences: the whole file, since a sketch names its pair by the line.
-        """
-        kept = {id(pair) for pair in spoken(self.lm, preferences)}
-        lines = np.array([line for line, pair in enumerate(preferences) if id(pair) in kept], int)
-        count = min(self.settings.sketch_pairs, len(lines))
-        if not count:
-            return None
-        picked = lines[np.arange(count) * len(lines) // count]
-        rows, sides = self._replies([preferences[place] for place in picked.tolist()])
-        with lora.without_adapter(self.lm, keep=self.adapters_below):
-            reference = self._references(rows, "sketch reference")
-
-        def margin(pair: int) -> mx.array:
-            both = self.logprobs.collate([rows[place] for place in sides[:, pair]])
-            gained = self.logprobs(both) - mx.array(reference[sides[:, pair]])
-            return self.settings.beta * (gained[0] - gained[1])
-
-        margins, gradients = np.zeros(count, np.float32), []
-        for pair in range(count):
-            value, tree = nn.value_and_grad(self.lm.model, margin)(pair)
-            margins[pair] = value.item()
-            gradients.append(sketch(dict(tree_flatten(tree))))
-            if self.progress:
-                self.progress({"stage": "sketching", "done": pair + 1, "total": count})
-        return Sketches(np.stack(gradients), margins, picked)
-
-    def watch(self, run: Path) -> Callable[[Sequence[Look]], str | None]:
-        """A function of the looks so far that tells why to stop now, or None; it keeps the best adapter if asked to.
-
-        Chosen replies that became much less likely than they were (likelihood displacement) are always a reason, and
-        such an adapter is never kept as the best; where there is no other, it is what the run ends with. Where no
-        preferences are learnt, or none are held back, no look is better than another: `dual.keep` and `dual.patience`
-        then change nothing.
-        """
-        settings = self.settings
-
-        def should_stop(looks: Sequence[Look]) -> str | None:
-            newest, limit = looks[-1], settings.max_displacement
-            if "valid_accuracy" not in newest:
-                return None
-            if limit and newest["valid_displacement"] < -limit:
-                return f"chosen replies lost {-newest['valid_displacement']:.2f} nats a token (limit {limit})"
-            if not (self.num_pairs or self.num_thumbs):
-                return None
-            best = best_look(looks)
-            if best is newest and settings.keep == "best":
-                keep(self.lm.model, run, newest["step"])
-            since = sum(each["step"] > best["step"] for each in looks)
-            if settings.patience and since >= settings.patience:
-                return f"{since} looks without a better one than that of step {best['step']}"
-            return None
-
-        return should_stop
-
-
-def best_look(looks: Sequence[Look]) -> Look:
-    """The look with most held-out pairs in order; of equals, the one whose chosen replies gained most; then the first.
-
-    Order is what is learnt, but of few pairs it moves in jumps, so ties are common. They are not broken by the loss on
-    those pairs: that also falls when both replies become less likely and only the rejected one does so faster, which
-    is how preference learning goes wrong (Razin et al. 2024, arXiv 2410.08847). What chosen replies gained tells the
-    two apart.
-    """
-    return max(looks, key=lambda look: (look["valid_accuracy"], look["valid_displacement"]))
-
-
-def _tokens(batch: PairBatch | MemoryBatch | AnchorBatch) -> int:
-    return batch.rows.num_tokens
-
-
-@contextlib.contextmanager
-def memory_limit(settings: DualConfig) -> Iterator[int | None]:
-    """Bytes that training may take, which MLX keeps to inside the block: what it has freed goes back in time.
-
-    None without `dual.memory_gb`, which changes nothing.
-    """
-    if settings.memory_gb is None:
-        yield None
-        return
-    limit = int(settings.memory_gb * footprint.GB) or footprint.there_is()
-    before = mx.set_memory_limit(limit)
-    try:
-        yield limit
-    finally:
-        mx.set_memory_limit(before)
-
-
-def _num_pairs(batch: PairBatch) -> float:
-    return batch.target.size
-
-
-def _squared_states(batch: AnchorBatch) -> float:
-    return mx.square(batch.base).sum().item()
-
-
-def strongest_directions(logprobs: LogProbs, rows: Sequence[Row], rank: int, *, batch: int = READ_AT_ONCE) -> mx.array:
-    """Principal directions (not centred) of what the output layer reads in replies, `[rank, D]` float32.
-
-    The first is near the mean: an adapter that reads it weighs words, whatever was said before, and can be learnt
-    from few pairs. Scaled so that a reading is `HEAD_GAIN` in the root mean square. After Paischer et al. 2024, EVA
-    (arXiv 2410.07170), who start every LoRA from its inputs' principal directions.
-    """
-    rows = sorted(rows, key=lambda row: row.num_tokens)[:: max(1, len(rows) // 128)]
-    parts = [logprobs.hidden(logprobs.collate(rows[i : i + batch])) for i in range(0, len(rows), batch)]
-    hidden = np.concatenate([np.array(part.astype(mx.float32)) for part in parts])
-    _, strength, axes = np.linalg.svd(hidden, full_matrices=False)
-    return mx.array(HEAD_GAIN * len(hidden) ** 0.5 * axes[:rank] / strength[:rank, None])
-
-
-def swap(pair: Preference) -> Preference:
-    """The pair turned around; doing it twice gives the pair back."""
-    return pair.model_copy(
-        update={
-            "chosen": pair.rejected,
-            "rejected": pair.chosen,
-            "chosen_id": pair.rejected_id,
-            "rejected_id": pair.chosen_id,
-            "chosen_score": pair.rejected_score,
-            "rejected_score": pair.chosen_score,
-            "score_margin": -pair.score_margin if pair.score_margin is not None else None,
-            "safety_score": pair.rejected_safety_score,
-            "rejected_safety_score": pair.safety_score,
-        }
-    )
+def _rows(pairs: Artifact, name: str, kind: type[Said], *, optional: bool = False) -> list[Said]:
+    """The rows of a file of the dataset; of an `optional` one that is not there none."""
+    if optional and not (pairs.folder / name).exists():
+        return []
+    return read_jsonl(pairs.file(name), kind, unique=None, may_be_empty=True)

@@ -17,7 +17,7 @@ from hominem_mlx import losses
 from hominem_mlx.policy.memories import gate
 from hominem_mlx.records import Thumb
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Order, Row, Rows, fit
+from hominem_mlx.training.rows import Order, Parts, Row, Rows, fit
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Thumbs:
         rows: one a thumb.
         good: bool, one a thumb.
         weight: float32, one a thumb, before balance.
+        parts: what `batch_at` counts.
         max_tokens: longest row.
         beta: of the loss.
         batch: thumbs a batch.
@@ -57,13 +58,14 @@ class Thumbs:
         rows: Sequence[Row],
         good: np.ndarray,
         weight: np.ndarray,
+        parts: Parts,
         *,
         max_tokens: int,
         beta: float,
         batch: int,
         seed: int,
     ):
-        self.logprobs, self.rows, self.good, self.beta = logprobs, rows, good, beta
+        self.logprobs, self.rows, self.good, self.parts, self.beta = logprobs, rows, good, parts, beta
         self.weight = weight * balance(good)
         self.strange = {
             place: fit(Row(rows[place].prompt, rows[other].response), max_tokens)[0]
@@ -72,19 +74,18 @@ class Thumbs:
         }
         self.order = Order(len(rows), batch, seed)
 
-    def begin(self, micro_batches: int, references: Callable[[list[Row]], np.ndarray]) -> None:
-        """Read all rows under the reference; `batch_at` then counts so many parts of a batch."""
-        self.micro_batches = micro_batches
+    def begin(self, references: Callable[[list[Row]], np.ndarray]) -> None:
+        """Read all rows under the reference."""
         values = references([*self.rows, *self.strange.values()])
         self.reference = values[: len(self.rows)]
         self.strange_reference = dict(zip(self.strange, values[len(self.rows) :].tolist(), strict=True))
 
-    def batch_at(self, step: int) -> ThumbBatch | None:
-        """The batch of a step; epochs go round for ever. None where a batch has fewer rows than parts."""
-        index = self.order.part(step, self.micro_batches)
+    def batch_at(self, place: int) -> ThumbBatch | None:
+        """The part of a batch at that place, None where it is empty; epochs go round for ever."""
+        index = self.parts.at(self.order, place)
         if not len(index):
             return None
-        strange = [i for i in self.order.batch(step // self.micro_batches).tolist() if i in self.strange]
+        strange = [i for i in self.order.batch(self.parts.step(place)).tolist() if i in self.strange]
         return ThumbBatch(
             self.logprobs.collate([self.rows[i] for i in index]),
             mx.array(self.reference[index]),

@@ -4,17 +4,39 @@ The cheapest that fits: as configured; smaller chunks of logits; some blocks com
 parts. Each costs time, and changes of the result no more than the rounding.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import mlx.core as mx
 import numpy as np
 
+from hominem_mlx.training import footprint
 from hominem_mlx.training.costs import TOTAL, Costs, Estimate, Load, Picks, heaviest, shown
-from hominem_mlx.training.rows import Order, Row
+from hominem_mlx.training.logprobs import READ_AT_ONCE
+from hominem_mlx.training.rows import Order, Parts, Row, by_prompt
 
 HALVINGS = 4  # of the chunks of logits: with fewer tokens at once, products lose their speed
+
+
+@contextlib.contextmanager
+def memory_limit(gb: float | None) -> Iterator[int | None]:
+    """Bytes that training may take, which MLX keeps to inside the block: what it has freed goes back in time.
+
+    Args:
+        gb: as in `dual.memory_gb`; None changes nothing and gives None.
+    """
+    if gb is None:
+        yield None
+        return
+    limit = int(gb * footprint.GB) or footprint.there_is()
+    before = mx.set_memory_limit(limit)
+    try:
+        yield limit
+    finally:
+        mx.set_memory_limit(before)
 
 
 @dataclass(frozen=True)
@@ -34,10 +56,10 @@ class Lessons:
     sides: np.ndarray | None = None
     beside: Mapping[int, Row] = field(default_factory=dict)
 
-    def batches(self, parts: int) -> Iterator[list[Row]]:
+    def batches(self, parts: Parts) -> Iterator[list[Row]]:
         """The rows of every micro-batch, each once."""
-        for place in range(self.steps * parts):
-            items = self.order.part(place, parts)
+        for place in range(self.steps * parts.micro_batches):
+            items = parts.at(self.order, place)
             if len(items):
                 yield [self.rows[i] for i in (items if self.sides is None else np.unique(self.sides[:, items]))]
 
@@ -122,6 +144,23 @@ class Budget:
     def _loads_of(self, place: int, parts: int, spread: bool) -> tuple[list[Load], list[Load]]:
         """The heaviest that a gradient is wanted of, and that is read beside it."""
         lessons, logprobs = self.lessons[place], self.costs.logprobs
-        batches = (lessons.batches(parts), lessons.batches_beside())
+        batches = (lessons.batches(Parts(parts)), lessons.batches_beside())
         learnt, read = (heaviest(logprobs, each, spread=spread) for each in batches)
         return learnt, read
+
+
+def reading(costs: Costs, rows: Sequence[Row], at_once: int) -> Estimate:
+    """What `reference_logprobs` takes for these rows, so many at once."""
+    logprobs, order = costs.logprobs, by_prompt(rows)
+    batches = [[rows[i] for i in order[start : start + at_once]] for start in range(0, len(order), at_once)]
+    picks = Picks(logprobs.logits_bytes, logprobs.checkpoints)
+    loads = heaviest(logprobs, batches, spread=not picks.checkpoints)
+    return max((costs.forward(load, picks) for load in loads), key=TOTAL)
+
+
+def read_at_once(costs: Costs, rows: Sequence[Row], limit: int | None) -> int:
+    """How many of these rows can be read at once within `limit` bytes, where no gradient is wanted."""
+    at_once = READ_AT_ONCE
+    while limit is not None and at_once > 1 and reading(costs, rows, at_once).total > limit:
+        at_once //= 2
+    return at_once

@@ -130,15 +130,28 @@ class Order:
         epoch, place = divmod(step, self.batches_an_epoch)
         return self._epoch(epoch)[place * self.size_of_batch : (place + 1) * self.size_of_batch]
 
-    def part(self, place: int, parts: int) -> np.ndarray:
-        """Of batches in so many parts, counted through, that at `place`; empty where a batch has fewer rows."""
-        step, number = divmod(place, parts)
-        return np.array_split(self.batch(step), parts)[number]
-
     def _shuffled(self, epoch: int) -> np.ndarray:
         """All row numbers in the order of an epoch."""
         turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
         return np.argsort(np.argsort(turn)[self.group], kind="stable")
+
+
+@dataclass
+class Parts:
+    """How batches are cut where they are computed: each into so many micro-batches, which are counted through.
+
+    All channels of a run hold the same; `micro_batches` is settled before the first batch.
+    """
+
+    micro_batches: int = 1
+
+    def step(self, place: int) -> int:
+        """The step of the micro-batch at `place`."""
+        return place // self.micro_batches
+
+    def at(self, order: Order, place: int) -> np.ndarray:
+        """Row numbers of the micro-batch at `place`; none where a batch has fewer rows than parts."""
+        return np.array_split(order.batch(self.step(place)), self.micro_batches)[place % self.micro_batches]
 
 
 def by_prompt(rows: Sequence[Row]) -> list[int]:

@@ -102,7 +102,7 @@ def test_the_measured_step_is_that_of_the_recipe(small):
     ones = mx.ones(3)
     rows = material.logprobs.collate(step.rows)
     learnt = mx.zeros(3, mx.bool_)
-    batch = dual.PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt)
+    batch = dual.PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt, 3)
     assert material._pair_loss(batch)[0].item() == pytest.approx(step.loss(batch.rows).item(), rel=1e-6)
 
 

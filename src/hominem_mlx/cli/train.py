@@ -1,5 +1,8 @@
 """`hominem train`: a reward model, then an adapter, or a whole model."""
 
+from pathlib import Path
+from typing import Any
+
 import click
 
 from hominem_mlx.cli.session import InOrder, Session, shares
@@ -47,22 +50,42 @@ def reward(session: Session) -> None:
     metavar="ADAPTER",
     help="Leave that adapter as it is and train one over it: current, a version or a tag.",
 )
+@click.option(
+    "--hosts",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Share the work with other Macs: a hostfile of mlx.launch, with the one that keeps the result first.",
+)
 @shares()
-def dual(session: Session, on_top_of: str | None) -> None:
+def dual(session: Session, on_top_of: str | None, hosts: str | None) -> None:
     """Train an adapter: memories by SFT and preferences by soft DPO (or another dual.loss), in one.
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.
+
+    With --hosts every machine of the list computes its part of each batch, and the adapter is the one that a single
+    machine would make, up to rounding. All need the same home. When one of them fails, all stop.
     """
+    if hosts:
+        from hominem_mlx.cli.together import launch
+
+        own = ["--on-top-of", on_top_of] if on_top_of else []
+        return launch(Path(hosts), ["train", "dual", *own, *session.words])
+
     from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
+    from hominem_mlx.training import parallel
 
+    ranks = parallel.join()
     pairs = session.current("dataset", "hominem data pair", pointer="pairs")
     under = session.adapter(on_top_of) if on_top_of else None
     if on_top_of and under is None:
         raise RegistryError(f"--on-top-of {on_top_of}: there is no such adapter to go on top of; leave the option out")
+    task: dict[str, Any] = {"lm": session.base, "on_top_of": under, "ranks": ranks}
+    if not ranks.is_first:
+        return recipe.assist(session.registry, pairs, session.config, **task)
     with session.console.progress() as report:
-        made = recipe.train(session.registry, pairs, session.config, lm=session.base, on_top_of=under, progress=report)
+        made = recipe.train(session.registry, pairs, session.config, **task, progress=report)
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, "base": session.base.name, **metrics})
     summary = metrics["training"]

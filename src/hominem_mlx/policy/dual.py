@@ -6,11 +6,15 @@ plus, where asked for, an anchor: w_a * |h - h_base|^2 / |h_base|^2 on replies t
 memories from changing everything else.
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
+
+Several processes can share the work. Each cuts its part out of the same batches, and every term is a mean over
+something that can be counted (pairs, response tokens, the base's squared states), by which the parts count.
 """
 
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +35,7 @@ from hominem_mlx.training import blend
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
+from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Order, Row, Rows, to_row
 from hominem_mlx.training.sketch import Sketches, sketch, write_sketches
 
@@ -46,7 +51,8 @@ class PairBatch:
 
     chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
     target, weight (gate * intensity), margin (of the scores, 1 where there are none). unlearn: bool `[n]`, pairs whose
-    two sides are both to become less likely.
+    two sides are both to become less likely. learnt: how many are not, in the batch of all ranks, times this rank's
+    share of that batch.
     """
 
     rows: Rows
@@ -57,6 +63,7 @@ class PairBatch:
     weight: mx.array
     margin: mx.array
     unlearn: mx.array
+    learnt: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def train(
     *,
     lm: LanguageModel,
     on_top_of: Artifact | None = None,
+    ranks: Ranks = ALONE,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
@@ -84,46 +92,19 @@ def train(
         lm: the base, without an adapter; it is handed back without one.
         on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
             this one is the reference.
+        ranks: who shares the work; this is rank 0 of them, and the others call `assist`.
 
     Returns: the `lora` artifact. Not yet `current`: that is for whoever judged it.
     Raises: TrainingError when there is nothing to learn from, or when the loss stops being finite.
     """
-    settings = config.dual
-    preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
-    validation = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
-    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
-    anchors = []
-    if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
-        anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
-    identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
-    resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json"), **identity}
-    parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
-    run = registry.home / "runs" / f"dual-{sha256_json([*(parent.hash for parent in parents), resolved])[:16]}"
-    under = on_top_of.folder if on_top_of else None
+    task = _Task(registry, pairs, config, lm, on_top_of)
     with (
-        lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
-        lora.loaded(lm, under),
+        lock(registry.home / "locks" / f"{task.run.name}.lock", f"training {task.run.name}", wait=False),
+        lora.loaded(lm, task.under),
     ):
-        material = Material(lm, settings, config.student.system, progress)
-        channels = material.channels(preferences, memories, anchors)
-        shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
-        look_at = material.validation(validation)
-        keys = material.targets(channels)
-        directions = material.head_directions()
-        lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=on_top_of is not None)
-        if directions is not None:
-            lora.aim_head(lm, directions)
-        summary = run_loop(
-            lm.model,
-            channels,
-            material.plan(preferences, memories),
-            run,
-            evaluate=look_at,
-            should_stop=material.displaced,
-            progress=as_stage(progress),
-        )
+        shape, material, validation, summary = _learn(task, ranks, progress)
         with registry.draft(
-            "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+            "lora", parents=task.parents, config=task.resolved, seed=config.dual.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, shape)
             if sketches := material.sketches(validation):
@@ -131,15 +112,95 @@ def train(
             draft.metrics = {"training": summary, **material.counts}
             draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
-    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(task.run, ignore_errors=True)
     return draft.published
+
+
+def assist(
+    registry: Registry,
+    pairs: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel,
+    ranks: Ranks,
+    on_top_of: Artifact | None = None,
+) -> None:
+    """Compute this rank's share of the `train` that rank 0 runs with the same arguments; nothing is written here.
+
+    Raises: TrainingError when they are not the same, when another rank is gone, and whenever `train` does.
+    """
+    task = _Task(registry, pairs, config, lm, on_top_of)
+    with lora.loaded(lm, task.under):
+        _learn(task, ranks, None)
+
+
+class _Task:
+    """What is to be trained, and what makes it the same as, or another than, a run before or on another machine."""
+
+    def __init__(
+        self, registry: Registry, pairs: Artifact, config: Config, lm: LanguageModel, on_top_of: Artifact | None
+    ):
+        self.pairs, self.config, self.lm, self.on_top_of = pairs, config, lm, on_top_of
+        self.under = on_top_of.folder if on_top_of else None
+        identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
+        self.resolved: dict[str, Any] = {"dual": config.dual.model_dump(mode="json"), **identity}
+        self.parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
+        name = sha256_json([*(parent.hash for parent in self.parents), self.resolved])[:16]
+        self.run: Path = registry.home / "runs" / f"dual-{name}"
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have in common."""
+        under = self.on_top_of.hash if self.on_top_of else None
+        settings = self.resolved | {"base": None}
+        return {"base": self.lm.hash, "pairs dataset": self.pairs.hash, "adapter below": under, "settings": settings}
+
+
+def _learn(
+    task: _Task, ranks: Ranks, progress: Progress | None
+) -> tuple[lora.Shape, "Material", list[Preference], dict[str, Any]]:
+    """Put a fresh adapter on the model and train it; what is needed to publish it."""
+    ranks.agree(task.facts())
+    pairs, lm, settings = task.pairs, task.lm, task.config.dual
+    preferences = read_jsonl(pairs.file("preferences.train.jsonl"), Preference, unique=None, may_be_empty=True)
+    validation = read_jsonl(pairs.file("preferences.valid.jsonl"), Preference, unique=None, may_be_empty=True)
+    memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
+    anchors = []
+    if settings.anchor_weight and (pairs.folder / "anchors.jsonl").exists():
+        anchors = read_jsonl(pairs.file("anchors.jsonl"), SftPair, unique=None, may_be_empty=True)
+    material = Material(lm, settings, task.config.student.system, progress, ranks)
+    channels = material.channels(preferences, memories, anchors)
+    shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
+    look_at = material.validation(validation)
+    keys = material.targets(channels)
+    directions = material.head_directions()
+    lora.attach(lm, shape, seed=settings.seed, keys=keys, on_top=task.on_top_of is not None)
+    if directions is not None:
+        lora.aim_head(lm, directions)
+    summary = run_loop(
+        lm.model,
+        channels,
+        material.plan(preferences, memories),
+        task.run,
+        evaluate=look_at,
+        should_stop=material.displaced,
+        progress=as_stage(progress),
+        ranks=ranks,
+    )
+    return shape, material, validation, summary
 
 
 class Material:
     """Rows, references, gates and weights, ready to be cut into batches. Everything here is computed once."""
 
-    def __init__(self, lm: LanguageModel, settings: DualConfig, system: str | None, progress: Progress | None):
-        self.lm, self.settings, self.system, self.progress = lm, settings, system, progress
+    def __init__(
+        self,
+        lm: LanguageModel,
+        settings: DualConfig,
+        system: str | None,
+        progress: Progress | None,
+        ranks: Ranks = ALONE,
+    ):
+        self.lm, self.settings, self.system, self.progress, self.ranks = lm, settings, system, progress, ranks
         self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
         self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
@@ -178,10 +239,21 @@ class Material:
         }
         memory, preference = may_move[settings.memory_targets], may_move[settings.preference_targets]
         rows = [self._row(lesson.instruction, lesson.response, lesson.history) for lesson in kept]
-        lessons = Memories(self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1)
+        lessons = Memories(
+            self.logprobs, rows, confidence, batch=settings.batch_memories, seed=settings.seed + 1, ranks=self.ranks
+        )
+        pair_batches = self._pair_batches(pairs, gates, unsafe)
         channels = [
-            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory),
-            Channel("preference", weights[1], self._pair_batches(pairs, gates, unsafe), self._pair_loss, preference),
+            Channel("memory", weights[0], lessons.batch_at, lessons.loss, memory, size=lessons.size),
+            Channel(
+                "preference",
+                weights[1],
+                pair_batches,
+                self._pair_loss,
+                preference,
+                size=lambda batch: len(batch.target),
+                measures=("accuracy", "displacement"),
+            ),
         ]
         if settings.anchor_weight and weights[0]:
             said = {(pair.prompt, reply) for pair in pairs for reply in (pair.chosen, pair.rejected)}
@@ -189,7 +261,8 @@ class Material:
             if said:
                 batches = self._anchor_batches(sorted(said))
                 held = settings.anchor_weight * weights[0] / settings.memory_weight  # availability counts for both
-                channels.append(Channel("anchor", held, batches, self._anchor_loss, memory, "memory"))
+                anchor = Channel("anchor", held, batches, self._anchor_loss, memory, "memory", self._anchor_size)
+                channels.append(anchor)
         return channels
 
     def targets(self, channels: Sequence[Channel]) -> list[str]:
@@ -262,10 +335,20 @@ class Material:
     def _gate(self, safety: float) -> float:
         return gate(safety, low=self.settings.safety_low, high=self.settings.safety_high)
 
-    def _references(self, rows: list[Row], stage: str) -> np.ndarray:
-        report = self.progress
-        tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
-        return np.array(reference_logprobs(self.logprobs, rows, progress=tell), np.float32)
+    def _logps(self, rows: list[Row], ranks: Ranks, stage: str = "") -> np.ndarray:
+        """Log-probabilities as the model is now, `[n]`, each computed by one of the ranks; told while it is worked at,
+        if the stage has a name.
+        """
+        report = self.progress if stage else None
+
+        def compute(places: np.ndarray) -> list[float]:
+            tell = (lambda done: report({"stage": stage, "done": done, "total": len(places)})) if report else None
+            return reference_logprobs(self.logprobs, [rows[place] for place in places], progress=tell)
+
+        return ranks.computed(len(rows), compute)
+
+    def _references(self, rows: list[Row], stage: str, ranks: Ranks) -> np.ndarray:
+        return self._logps(rows, ranks, stage).astype(np.float32)
 
     def _replies(self, pairs: Sequence[Preference]) -> tuple[list[Row], np.ndarray]:
         """The different replies of these pairs, and the places of chosen and rejected ones among them, `[2, n]`."""
@@ -275,11 +358,11 @@ class Material:
 
     def _pair_batches(
         self, pairs: list[Preference], gates: np.ndarray, unsafe: list[Preference]
-    ) -> Callable[[int], PairBatch]:
+    ) -> Callable[[int], PairBatch | None]:
         unlearn = np.arange(len(pairs) + len(unsafe)) >= len(pairs)
         pairs, gates = [*pairs, *unsafe], np.append(gates, [np.float32(UNLEARN_GATE)] * len(unsafe))
         self.pair_rows, (chosen, rejected) = self._replies(pairs)
-        reference = self._references(self.pair_rows, "reference") if pairs else np.zeros(0, np.float32)
+        reference = self._references(self.pair_rows, "reference", self.ranks) if pairs else np.zeros(0, np.float32)
         intensity = np.array([pair.reward_intensity for pair in pairs], np.float32)
         mean = float(intensity.mean()) if pairs else 1.0
         weight = gates * np.array(losses.intensity_weight(mx.array(intensity), mean=mean))
@@ -293,8 +376,11 @@ class Material:
         # a prompt's pairs come together: they share replies, and each reply is computed once a step
         order = Order(len(pairs), self.settings.batch_pairs, self.settings.seed, groups=[pair.prompt for pair in pairs])
 
-        def batch_at(step: int) -> PairBatch:
-            index = order.batch(step)
+        def batch_at(step: int) -> PairBatch | None:
+            whole = order.batch(step)
+            index = self.ranks.share(whole)
+            if not len(index):
+                return None
             replies, places = np.unique([chosen[index], rejected[index]], return_inverse=True)
             places = places.reshape(2, -1)  # numpy 2.0 keeps the shape, others do not
             return PairBatch(
@@ -306,6 +392,7 @@ class Material:
                 mx.array(weight[index]),
                 mx.array(margin[index]),
                 mx.array(unlearn[index]),
+                max(1, int((~unlearn[whole]).sum())) * (len(index) / len(whole)),
             )
 
         return batch_at
@@ -322,12 +409,15 @@ class Material:
                 )
         return np.array([margin if margin > 0 else 1.0 for margin in known], np.float32)
 
-    def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch]:
+    def _anchor_batches(self, said: Sequence[tuple[str, str]]) -> Callable[[int], AnchorBatch | None]:
         rows = [self._row(prompt, reply) for prompt, reply in said]
         order = Order(len(rows), self.settings.batch_anchors, self.settings.seed + 2)
 
-        def batch_at(step: int) -> AnchorBatch:
-            batch = self.logprobs.collate([rows[i] for i in order.batch(step)])
+        def batch_at(step: int) -> AnchorBatch | None:
+            index = self.ranks.share(order.batch(step))
+            if not len(index):
+                return None
+            batch = self.logprobs.collate([rows[i] for i in index])
             with lora.without_adapter(self.lm, keep=self.adapters_below):
                 base = self.logprobs.hidden(batch).astype(mx.float32)
                 mx.eval(base)
@@ -346,6 +436,10 @@ class Material:
         moved = mx.square(self.logprobs.hidden(batch.rows).astype(mx.float32) - batch.base).mean()
         return moved / mx.square(batch.base).mean(), {}
 
+    def _anchor_size(self, batch: AnchorBatch) -> float:
+        """What the loss is a share of: means of parts count by it."""
+        return mx.square(batch.base).sum().item()
+
     def _pair_loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
         settings, n = self.settings, batch.target.shape[0]
         logp = self.logprobs(batch.rows)
@@ -361,10 +455,9 @@ class Material:
             per_pair = mx.where(learnt, per_pair, away)
         # over n, not over the sum of weights: a batch of trivial pairs must not move as far as a decisive one
         loss = (batch.weight * per_pair).sum() / n
-        count = mx.maximum(learnt.sum(), 1)
         return loss, {
-            "accuracy": (learnt * (won > lost)).sum() / count,
-            "displacement": (learnt * won / lengths).sum() / count,
+            "accuracy": (learnt * (won > lost)).sum() / batch.learnt,
+            "displacement": (learnt * won / lengths).sum() / batch.learnt,
         }
 
     def _preferred(self, batch: PairBatch, logp: mx.array, won: mx.array, lost: mx.array) -> mx.array:
@@ -403,10 +496,10 @@ class Material:
             return None
         rows, (chosen, rejected) = self._replies(preferences)
         lengths = np.array([len(rows[place].response) for place in chosen])
-        before = self._references(rows, "validation reference")
+        before = self._references(rows, "validation reference", self.ranks)
 
         def evaluate(step: int) -> dict[str, float]:
-            gained = np.array(reference_logprobs(self.logprobs, rows)) - before
+            gained = self._logps(rows, self.ranks) - before
             delta = gained[chosen] - gained[rejected]
             displacement = (gained[chosen] / lengths).mean()
             return {"valid_accuracy": float((delta > 0).mean()), "valid_displacement": float(displacement)}
@@ -421,7 +514,7 @@ class Material:
         picked = np.arange(count) * len(preferences) // count
         rows, sides = self._replies([preferences[place] for place in picked.tolist()])
         with lora.without_adapter(self.lm, keep=self.adapters_below):
-            reference = self._references(rows, "sketch reference")
+            reference = self._references(rows, "sketch reference", ALONE)  # rank 0 publishes by itself
 
         def margin(pair: int) -> mx.array:
             both = self.logprobs.collate([rows[place] for place in sides[:, pair]])

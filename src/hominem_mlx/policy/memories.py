@@ -9,6 +9,7 @@ import numpy as np
 from hominem_mlx import losses
 from hominem_mlx.records import SftPair
 from hominem_mlx.training.logprobs import LogProbs
+from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Order, Row, Rows
 
 
@@ -28,15 +29,27 @@ class Memories:
         weight: float32, one a memory.
         batch: memories a batch.
         seed: of their order.
+        ranks: who shares each batch.
     """
 
-    def __init__(self, logprobs: LogProbs, rows: Sequence[Row], weight: np.ndarray, *, batch: int, seed: int):
-        self.logprobs, self.rows, self.weight = logprobs, rows, weight
+    def __init__(
+        self,
+        logprobs: LogProbs,
+        rows: Sequence[Row],
+        weight: np.ndarray,
+        *,
+        batch: int,
+        seed: int,
+        ranks: Ranks = ALONE,
+    ):
+        self.logprobs, self.rows, self.weight, self.ranks = logprobs, rows, weight, ranks
         self.order = Order(len(rows), batch, seed)
 
-    def batch_at(self, step: int) -> MemoryBatch:
-        """The batch of a step; epochs go round for ever."""
-        index = self.order.batch(step)
+    def batch_at(self, step: int) -> MemoryBatch | None:
+        """This rank's share of the batch of a step, or None where it has none; epochs go round for ever."""
+        index = self.ranks.share(self.order.batch(step))
+        if not len(index):
+            return None
         return MemoryBatch(self.logprobs.collate([self.rows[i] for i in index]), mx.array(self.weight[index]))
 
     def loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:

@@ -18,6 +18,7 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl, replace
 from hominem_mlx.models.seeding import seeded
 from hominem_mlx.training import blend
+from hominem_mlx.training.parallel import ALONE, Ranks
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
@@ -55,7 +56,8 @@ class Channel:
     is the step) and returns None when nothing in that batch may be learnt. `teaches` says which parameters, by name,
     this term may move; the others do not even get a gradient. A term that `follows` a channel is part of it where
     channels are blended: it keeps its proportion to it and has its turn with it. `size` is what a batch's loss is a
-    mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together.
+    mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together;
+    so do the shares of several ranks. `measures` names the measurements, for a rank that has none to show.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Channel:
     teaches: Callable[[str], bool] = lambda name: True
     follows: str = ""
     size: Callable[[Any], float] = lambda batch: 1.0
+    measures: tuple[str, ...] = ()
 
     @property
     def leader(self) -> str:
@@ -81,6 +84,7 @@ def train(
     evaluate: Callable[[int], dict[str, float]] | None = None,
     should_stop: Callable[[dict[str, float]], str | None] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run `plan` over `channels`, or go on where a killed run stopped.
 
@@ -92,16 +96,22 @@ def train(
         evaluate: measured every `eval_every` steps and at the end.
         should_stop: looks at those measurements and gives a reason to end early, or None.
         progress: called every step.
+        ranks: who trains along; all call this with the same arguments but their own shares of the batches. Rank 0 alone
+            writes to the folder, and reads there where to begin.
 
     Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
     and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
-    Raises: TrainingError on a loss that is not finite; the last checkpoint stays good.
+    Raises: TrainingError on a loss that is not finite, or when another rank is gone; the last checkpoint stays good.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
     optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    story = _resume(model, optimizer, folder) or _new_story(channels)
-    lessons = _Lessons(model, channels, plan)
+    story = (_resume(model, optimizer, folder) if ranks.is_first else None) or _new_story(channels)
+    if ranks.size > 1:
+        _take(model, optimizer, ranks.copied(_state(model, optimizer)))
+        story = ranks.told(story)
+    lessons = _Lessons(model, channels, plan, ranks)
     began = time.perf_counter()
     first_step = story["step"]
 
@@ -126,10 +136,11 @@ def train(
         if evaluate and (story["step"] % plan.eval_every == 0 or ended):
             measured = {"step": story["step"], **evaluate(story["step"])}
             story["evaluations"].append({**measured, **report})
-            append_jsonl(folder / METRICS, [{**measured, **report}])
-            story["stopped"] = (should_stop(measured) if should_stop else None) or ""
+            if ranks.is_first:
+                append_jsonl(folder / METRICS, [{**measured, **report}])
+            story["stopped"] = ranks.told((should_stop(measured) if should_stop else None) or "")
             report |= measured
-        if story["step"] % plan.save_every == 0 or ended or story["stopped"]:
+        if ranks.is_first and (story["step"] % plan.save_every == 0 or ended or story["stopped"]):
             _save(model, optimizer, story, folder)
         if progress:
             spent = time.perf_counter() - began
@@ -148,8 +159,8 @@ def as_stage(progress: Progress | None) -> Progress | None:
 class _Lessons:
     """What the channels have to say in a step, as gradients."""
 
-    def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan):
-        self.model, self.channels, self.plan = model, channels, plan
+    def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan, ranks: Ranks):
+        self.model, self.channels, self.plan, self.ranks = model, channels, plan, ranks
         self.parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
         self.passes = {
             channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels
@@ -169,16 +180,36 @@ class _Lessons:
                 continue
             # a weight is a share of the turns or a factor, never both
             weight = channel.weight / self.weights[turn] if turn else channel.weight
-            # seeded: dropout draws the same when resumed here
-            with _only(self.model, self.parameters, channel.teaches), seeded(step):
-                lesson = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
+            # seeded: dropout draws the same when resumed here, and not the same on every rank
+            draw = step * self.ranks.size + self.ranks.rank
+            with _only(self.model, self.parameters, channel.teaches), seeded(draw):
+                lesson, size = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
+                if self.ranks.size > 1:
+                    lesson = self._of_all_ranks(channel, lesson, size)
             if lesson is not None:
                 found.append(_Term.of(channel, *lesson))
         return found
 
+    def _of_all_ranks(self, channel: Channel, lesson: tuple | None, size: float) -> tuple | None:
+        """The mean by size of what all ranks found; None where no rank found anything."""
+        if lesson is None:  # this rank has no row of a short batch, and takes part in the sum with zeros
+            trainable = tree_flatten(self.model.trainable_parameters())
+            zeros = dict.fromkeys(channel.measures, mx.zeros(()))
+            lesson = mx.zeros(()), zeros, {name: mx.zeros_like(value) for name, value in trainable}
+        loss, measured, gradient = lesson
+        names = sorted(gradient)
+        values = [loss, *(measured[name] for name in channel.measures), *(gradient[name] for name in names)]
+        found = self.ranks.mean(values, size)
+        if found is None:
+            return None
+        rest = iter(found[1:])
+        return found[0], dict(zip(channel.measures, rest)), dict(zip(names, rest))
 
-def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple | None:
-    """Loss, measurements and weighted gradient of one step of a channel; None when nothing may be learnt.
+
+def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple:
+    """What one step of a channel teaches, or None when nothing may be learnt, and the size of what it is a mean over.
+
+    It is loss, measurements and weighted gradient.
 
     Over micro-batches the mean by size, kept as it grows: two copies of the gradient, whatever their number, and the
     very bits of a single one.
@@ -197,7 +228,7 @@ def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float
         mean = new
         del tree, new  # what nothing else holds is overwritten in place
         mx.eval(mean)
-    return mean
+    return mean, seen
 
 
 def _in_training(model: nn.Module, value_and_grad: Callable) -> Callable:
@@ -351,12 +382,10 @@ def _summary(story: dict) -> dict[str, Any]:
 
 def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Path) -> None:
     """One file, one rename: weights, optimiser and position cannot disagree."""
-    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     scratch = folder / f".{CHECKPOINT.removesuffix('.safetensors')}-next.safetensors"
     told = json.dumps({**story, "saved_step": story["step"]})
     try:
-        mx.save_safetensors(str(scratch), arrays, metadata={"story": told})
+        mx.save_safetensors(str(scratch), _state(model, optimizer), metadata={"story": told})
         replace(scratch, folder / CHECKPOINT)
     except (RuntimeError, OSError) as error:
         scratch.unlink(missing_ok=True)
@@ -371,6 +400,16 @@ def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[
     if not (folder / CHECKPOINT).exists():
         return None
     arrays, metadata = mx.load(str(folder / CHECKPOINT), return_metadata=True)
+    _take(model, optimizer, arrays)
+    return json.loads(metadata["story"])
+
+
+def _state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
+    return arrays | {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+
+
+def _take(model: nn.Module, optimizer: optim.Optimizer, arrays: dict[str, mx.array]) -> None:
     parts: dict[str, list] = {"model": [], "optimizer": []}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
@@ -378,4 +417,3 @@ def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[
     model.update(tree_unflatten(parts["model"]))
     optimizer.state = tree_unflatten(parts["optimizer"])
     mx.eval(model.trainable_parameters(), optimizer.state)
-    return json.loads(metadata["story"])

@@ -173,7 +173,7 @@ class _Lessons:
 
     def terms(self, turn: str, story: dict) -> list["_Term"]:
         """The term of every channel that has weight, its turn, and something to learn."""
-        step, found = story["step"], []
+        step, lessons = story["step"], []
         place = story["turns"].get(turn, 0) if turn else step
         for channel in self.channels:
             if not channel.weight or turn not in ("", channel.leader):
@@ -184,26 +184,32 @@ class _Lessons:
             draw = step * self.ranks.size + self.ranks.rank
             with _only(self.model, self.parameters, channel.teaches), seeded(draw):
                 lesson, size = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
-                if self.ranks.size > 1:
-                    lesson = self._of_all_ranks(channel, lesson, size)
-            if lesson is not None:
-                found.append(_Term.of(channel, *lesson))
-        return found
+                if lesson is None and self.ranks.size > 1:  # without a row of a short batch it adds zeros
+                    trainable = tree_flatten(self.model.trainable_parameters())
+                    zeros = dict.fromkeys(channel.measures, mx.zeros(()))
+                    lesson = mx.zeros(()), zeros, {name: mx.zeros_like(value) for name, value in trainable}
+            lessons.append((channel, lesson, size))
+        if self.ranks.size > 1:
+            lessons = self._of_all_ranks(lessons)
+        return [_Term.of(channel, *lesson) for channel, lesson, _ in lessons if lesson is not None]
 
-    def _of_all_ranks(self, channel: Channel, lesson: tuple | None, size: float) -> tuple | None:
-        """The mean by size of what all ranks found; None where no rank found anything."""
-        if lesson is None:  # this rank has no row of a short batch, and takes part in the sum with zeros
-            trainable = tree_flatten(self.model.trainable_parameters())
-            zeros = dict.fromkeys(channel.measures, mx.zeros(()))
-            lesson = mx.zeros(()), zeros, {name: mx.zeros_like(value) for name, value in trainable}
-        loss, measured, gradient = lesson
-        names = sorted(gradient)
-        values = [loss, *(measured[name] for name in channel.measures), *(gradient[name] for name in names)]
-        found = self.ranks.mean(values, size)
-        if found is None:
-            return None
-        rest = iter(found[1:])
-        return found[0], dict(zip(channel.measures, rest)), dict(zip(names, rest))
+    def _of_all_ranks(self, lessons: list[tuple]) -> list[tuple]:
+        """The means by size of what all ranks found, in one sum; None where no rank found anything."""
+        values = [
+            [loss, *(measured[name] for name in channel.measures), *(gradient[name] for name in sorted(gradient))]
+            for channel, (loss, measured, gradient), _ in lessons
+        ]
+        all_means = self.ranks.means(values, [size for _, _, size in lessons])
+        together = []
+        for (channel, (_, _, gradient), size), means in zip(lessons, all_means):
+            lesson = None
+            if means is not None:
+                loss, *rest = means
+                named = dict(zip([*channel.measures, *sorted(gradient)], rest))
+                measured = {name: named.pop(name) for name in channel.measures}
+                lesson = loss, measured, named
+            together.append((channel, lesson, size))
+        return together
 
 
 def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple:

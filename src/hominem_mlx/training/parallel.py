@@ -51,23 +51,27 @@ class Ranks:
         """
         return np.array_split(index, self.size)[self.rank]
 
-    def mean(self, values: Sequence[mx.array], weight: float) -> list[mx.array] | None:
-        """The mean of all ranks' values, each rank counted by its weight; None where all weights are 0.
+    def means(self, values: Sequence[Sequence[mx.array]], weights: Sequence[float]) -> list[list[mx.array] | None]:
+        """Means over the ranks of several lists of arrays, each rank counted by its weight; one sum for all of them.
 
         Args:
             values: arrays of any shape, the same shapes on all ranks; summed in float32.
-            weight: >= 0; what this rank's values are a mean over.
+            weights: one a list, >= 0; what this rank's values are a mean over.
+
+        Returns: a list for each, or None where its weight is 0 on all ranks.
         """
-        parts = [weight * value.astype(mx.float32).reshape(-1) for value in values]
-        together = self._meet(mx.distributed.all_sum, mx.concatenate([mx.array([weight], mx.float32), *parts]))
-        total = together[0].item()
-        if not total:
-            return None
-        ends = np.cumsum([1, *(value.size for value in values)]).tolist()
-        return [
-            (together[start:end] / total).reshape(value.shape).astype(value.dtype)
-            for value, start, end in zip(values, ends, ends[1:])
-        ]
+        parts = [weight * value.astype(mx.float32).reshape(-1) for row, weight in zip(values, weights) for value in row]
+        sums = self._meet(mx.distributed.all_sum, mx.concatenate([mx.array(weights, mx.float32), *parts]))
+        found: list[list[mx.array] | None] = []
+        start = len(weights)
+        for row, total in zip(values, sums[:start].tolist()):
+            means = []
+            for value in row:
+                part = sums[start : start + value.size] / (total or 1.0)
+                means.append(part.reshape(value.shape).astype(value.dtype))
+                start += value.size
+            found.append(means if total else None)
+        return found
 
     def computed(self, count: int, compute: Callable[[np.ndarray], Sequence[float]]) -> np.ndarray:
         """`count` numbers of float32's precision, each computed by one of all ranks: float64 `[count]`.

@@ -105,7 +105,7 @@ def test_the_measured_step_is_that_of_the_recipe(small):
     ones = mx.ones(3)
     rows = recipe.logprobs.collate(step.rows)
     learnt = mx.zeros(3, mx.bool_)
-    batch = PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt)
+    batch = PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt, 3)
     assert recipe.loss(batch)[0].item() == pytest.approx(step.loss(batch.rows).item(), rel=1e-6)
 
 

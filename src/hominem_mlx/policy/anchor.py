@@ -34,6 +34,8 @@ class Anchor:
         seed: of their order.
     """
 
+    measures: tuple[str, ...] = ()  # what `loss` tells beside the loss, by name
+
     def __init__(self, logprobs: LogProbs, rows: Sequence[Row], parts: Parts, *, batch: int, seed: int):
         self.logprobs, self.rows, self.parts = logprobs, rows, parts
         self.order = Order(len(rows), batch, seed)

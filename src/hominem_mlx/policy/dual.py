@@ -8,10 +8,15 @@ else. Each term has its file: `memories.py`, `pairs.py`, `thumbs.py`, `anchor.py
 
 With `preference_weight = 0` it is plain SFT, with `memory_weight = 0` plain DPO. The base is frozen and is the
 reference: its log-probabilities are computed once, before the adapter is attached.
+
+Several processes can share the work. Each cuts its part out of the same batches, and every term is a mean over
+something that can be counted (pairs, thumbs, response tokens, the base's squared states), by which the parts count.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,10 +33,12 @@ from hominem_mlx.training.budget import memory_limit
 from hominem_mlx.training.kept import take_back
 from hominem_mlx.training.loop import METRICS, as_stage
 from hominem_mlx.training.loop import train as run_loop
+from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Said
 from hominem_mlx.training.sketch import write_sketches
 
 Progress = Callable[[dict[str, Any]], None]
+Look = Callable[[LanguageModel], dict[str, float]]
 RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
 
 
@@ -42,7 +49,8 @@ def train(
     *,
     lm: LanguageModel,
     on_top_of: Artifact | None = None,
-    look: Callable[[LanguageModel], dict[str, float]] | None = None,
+    ranks: Ranks = ALONE,
+    look: Look | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train an adapter on a pairs dataset and publish it; a killed run goes on from its last checkpoint.
@@ -54,66 +62,120 @@ def train(
         lm: the base, without an adapter; it is handed back without one.
         on_top_of: an adapter that stays as it is under the new one. The two together are what speaks, and the base with
             this one is the reference.
+        ranks: who shares the work; this is rank 0 of them, and the others call `assist`.
         look: what else to measure every `dual.eval_every` steps and before the first, by name; the model comes with the
             adapter on and must be left as it is. It is only noted: what is kept, and when to stop, hang on held-out
             pairs alone.
 
     Returns: the `lora` artifact, with all looks in its metrics.jsonl. Not yet `current`: that is for whoever judged it.
-    Raises: TrainingError when there is nothing to learn from, when `dual.memory_gb` is not enough in any way, or when
-        the loss stops being finite.
+    Raises: TrainingError when there is nothing to learn from, when `dual.memory_gb` is not enough in any way, when
+        another rank is gone, or when the loss stops being finite.
     """
-    settings = config.dual
-    preferences = _rows(pairs, "preferences.train.jsonl", Preference)
-    held_back = _rows(pairs, "preferences.valid.jsonl", Preference)
-    memories = _rows(pairs, "memory.jsonl", SftPair)
-    anchors = _rows(pairs, "anchors.jsonl", SftPair, optional=True) if settings.anchor_weight else []
-    thumbs = _rows(pairs, "thumbs.jsonl", Thumb, optional=True) if settings.thumb_weight else []
-    identity = {"base": lm.hash, "system": config.student.system, "recipe": RECIPE}
-    resolved: dict[str, Any] = {"dual": settings.model_dump(mode="json", exclude={"memory_gb"}), **identity}
-    parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
-    run = registry.home / "runs" / f"dual-{sha256_json([*(parent.hash for parent in parents), resolved])[:16]}"
-    under = on_top_of.folder if on_top_of else None
+    task = _Task(registry, pairs, config, lm, on_top_of)
+    name, settings = task.run.name, config.dual
     with (
-        lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False),
-        lora.loaded(lm, under),
-        memory_limit(settings.memory_gb) as limit,
+        lock(registry.home / "locks" / f"{name}.lock", f"training {name}", wait=False),
+        _learnt(task, ranks, look, progress) as (material, before, summary),
     ):
-        material = Material(lm, settings, config.student.system, progress, limit)
-        mx.reset_peak_memory()
-        channels = material.channels(*map(material.spoken, (preferences, memories, anchors, thumbs)))
-        validate = validation(material, material.spoken(held_back))
-        directions = material.head_directions()
-        lora.attach(lm, material.shape, seed=settings.seed, keys=material.keys, on_top=on_top_of is not None)
-        if directions is not None:
-            lora.aim_head(lm, directions)
-        before = look(lm) if look else {}
-
-        def measure(step: int) -> dict[str, float]:
-            return {**(validate(step) if validate else {}), **(look(lm) if look else {})}
-
-        summary = run_loop(
-            lm.model,
-            channels,
-            material.plan(),
-            run,
-            evaluate=measure if validate or look else None,
-            should_stop=watch(material, run),
-            progress=as_stage(progress),
-        )
-        kept_step = (take_back(lm.model, run) if settings.keep == "best" else None) or summary["steps"]
+        kept_step = (take_back(lm.model, task.run) if settings.keep == "best" else None) or summary["steps"]
         with registry.draft(
-            "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+            "lora", parents=task.parents, config=task.resolved, seed=settings.seed, inputs={"base": lm.hash}
         ) as draft:
             lora.save_adapter(lm, draft.folder, material.shape)
-            if sketched := sketches(material, held_back):
+            if sketched := sketches(material, task.held_back):
                 write_sketches(sketched, draft.folder)
             if looks := [{"step": 0, **before}] * bool(before) + summary["evaluations"]:
                 write_jsonl(draft.folder / METRICS, looks)
             draft.metrics = {"training": summary, "before": before, "kept_step": kept_step, **material.counts}
             draft.notes = {"base": lm.name, "pointer": lm.pointer}
     registry.audit("train", draft.published.ref, base=lm.name)
-    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(task.run, ignore_errors=True)
     return draft.published
+
+
+def assist(
+    registry: Registry,
+    pairs: Artifact,
+    config: Config,
+    *,
+    lm: LanguageModel,
+    ranks: Ranks,
+    on_top_of: Artifact | None = None,
+) -> None:
+    """Compute this rank's share of the `train` that rank 0 runs with the same arguments; nothing is written here.
+
+    Raises: TrainingError when they are not the same, when another rank is gone, and whenever `train` does.
+    """
+    with _learnt(_Task(registry, pairs, config, lm, on_top_of), ranks):
+        pass
+
+
+class _Task:
+    """What is to be trained, and what makes it the same as, or another than, a run before or on another machine."""
+
+    def __init__(
+        self, registry: Registry, pairs: Artifact, config: Config, lm: LanguageModel, on_top_of: Artifact | None
+    ):
+        self.config, self.lm, self.pairs, self.on_top_of = config, lm, pairs, on_top_of
+        settings = config.dual
+        self.preferences = _rows(pairs, "preferences.train.jsonl", Preference)
+        self.held_back = _rows(pairs, "preferences.valid.jsonl", Preference)
+        self.memories = _rows(pairs, "memory.jsonl", SftPair)
+        self.anchors = _rows(pairs, "anchors.jsonl", SftPair, optional=True) if settings.anchor_weight else []
+        self.thumbs = _rows(pairs, "thumbs.jsonl", Thumb, optional=True) if settings.thumb_weight else []
+        self.settings = {
+            "dual": settings.model_dump(mode="json", exclude={"memory_gb"}),
+            "system": config.student.system,
+            "recipe": RECIPE,
+        }
+        self.resolved: dict[str, Any] = self.settings | {"base": lm.hash}
+        self.parents = [pairs, *(each for each in (on_top_of, registry.at(lm.folder)) if each)]
+        name = sha256_json([*(parent.hash for parent in self.parents), self.resolved])[:16]
+        self.run: Path = registry.home / "runs" / f"dual-{name}"
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have in common, by name."""
+        return {
+            "base": self.lm.hash,
+            "pairs dataset": self.pairs.hash,
+            "adapter below": self.on_top_of.hash if self.on_top_of else None,
+            "settings": self.settings,
+        }
+
+
+@contextlib.contextmanager
+def _learnt(
+    task: _Task, ranks: Ranks, look: Look | None = None, progress: Progress | None = None
+) -> Iterator[tuple[Material, dict[str, float], dict[str, Any]]]:
+    """The model with a trained adapter on inside the block: its material, the look before, and what happened."""
+    lm, settings, under = task.lm, task.config.dual, task.on_top_of
+    ranks.agree(task.facts())
+    with lora.loaded(lm, under.folder if under else None), memory_limit(settings.memory_gb) as limit:
+        material = Material(lm, settings, task.config.student.system, progress, limit, ranks)
+        mx.reset_peak_memory()
+        given = (task.preferences, task.memories, task.anchors, task.thumbs)
+        channels = material.channels(*map(material.spoken, given))
+        validate = validation(material, material.spoken(task.held_back))
+        directions = material.head_directions()
+        lora.attach(lm, material.shape, seed=settings.seed, keys=material.keys, on_top=under is not None)
+        if directions is not None:  # another machine's may have other signs
+            lora.aim_head(lm, ranks.copied({"directions": directions})["directions"])
+        before = look(lm) if look else {}
+
+        def measure(step: int) -> dict[str, float]:
+            return {**(validate(step) if validate else {}), **(look(lm) if look else {})}  # rank 0 looks, all wait
+
+        summary = run_loop(
+            lm.model,
+            channels,
+            material.plan(),
+            task.run,
+            evaluate=measure if validate or ranks.told(look is not None) else None,
+            should_stop=watch(material, task.run),
+            progress=as_stage(progress),
+            ranks=ranks,
+        )
+        yield material, before, summary
 
 
 def _rows(pairs: Artifact, name: str, kind: type[Said], *, optional: bool = False) -> list[Said]:

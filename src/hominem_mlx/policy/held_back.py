@@ -14,6 +14,7 @@ from hominem_mlx.policy.pairs import unlearnt
 from hominem_mlx.records import Preference
 from hominem_mlx.training.kept import keep
 from hominem_mlx.training.loop import Look
+from hominem_mlx.training.parallel import ALONE
 from hominem_mlx.training.rows import spoken
 from hominem_mlx.training.sketch import Sketches, sketch
 
@@ -87,7 +88,7 @@ def sketches(material: Material, preferences: Sequence[Preference]) -> Sketches 
     """Sketched gradients of the margins of `dual.sketch_pairs` held-back pairs, from all over the file, or None.
 
     Args:
-        material: with the trained adapter on its model.
+        material: with the trained adapter on its model; no other rank is asked.
         preferences: the whole file, since a sketch names its pair by the line.
     """
     lm, logprobs, progress = material.lm, material.logprobs, material.progress
@@ -99,7 +100,7 @@ def sketches(material: Material, preferences: Sequence[Preference]) -> Sketches 
     picked = lines[np.arange(count) * len(lines) // count]
     rows, sides = material.replies([preferences[place] for place in picked.tolist()])
     with lora.without_adapter(lm, keep=material.adapters_below):
-        reference = material.read(rows, "sketch reference")
+        reference = material.read(rows, "sketch reference", ranks=ALONE)
 
     def margin(pair: int) -> mx.array:
         both = logprobs.collate([rows[place] for place in sides[:, pair]])

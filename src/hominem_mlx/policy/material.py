@@ -23,6 +23,7 @@ from hominem_mlx.training.costs import TOTAL, Costs, Picks, shown
 from hominem_mlx.training.directions import strongest_directions
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
+from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Parts, Row, Said, spoken, to_row
 
 Progress = Callable[[dict[str, Any]], None]
@@ -42,6 +43,7 @@ class Material:
         lm: the base, which is also the reference; its adapter is attached when the channels are made.
         system: what every prompt begins with.
         limit: bytes of memory that training may take; None: it is done as configured, whatever it takes.
+        ranks: who shares the work.
 
     Attributes:
         counts: of rows, weights and memory, for METADATA.
@@ -55,11 +57,12 @@ class Material:
         system: str | None,
         progress: Progress | None,
         limit: int | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.lm, self.settings, self.system, self.progress, self.limit = lm, settings, system, progress, limit
         self.logprobs = LogProbs(lm, checkpoint=settings.checkpoint)
         self.shape = lora.Shape(settings.rank, settings.scale, settings.dropout, settings.num_layers, settings.kind)
-        self.parts = Parts()
+        self.parts, self.ranks = Parts(ranks=ranks), ranks
         self.adapters_below = len(lm.adapters)  # the new one is not on yet
         self.counts: dict[str, Any] = {"checkpointed": self.logprobs.checkpoints} if settings.checkpoint else {}
 
@@ -103,7 +106,8 @@ class Material:
 
         def teach(name: str, weight: float, taught: Taught, targets: Targets, follows: str = "", **reads: Any) -> None:
             move, size = MAY_MOVE[targets], taught.size
-            channels.append(Channel(name, weight, taught.batch_at, taught.loss, move, follows, size, _tokens))
+            term = Channel(name, weight, taught.batch_at, taught.loss, move, follows, size, _tokens, taught.measures)
+            channels.append(term)
             if weight:
                 lessons.append(Lessons(taught.order, taught.rows, steps, targets, **reads))
 
@@ -240,8 +244,8 @@ class Material:
         """
         limit, there, settings, logprobs = self.limit, footprint.there_is(), self.settings, self.logprobs
         gradients = len(lessons) * (2 if settings.blend == "normalised" else 1)
-        self.costs = Costs(logprobs, self.shape, self.keys, gradients=gradients)
-        budget = Budget(self.costs, lessons)
+        self.costs = Costs(logprobs, self.shape, self.keys, gradients=gradients, met=self.ranks.size > 1)
+        budget = Budget(self.costs, lessons, self.ranks)
         configured = Picks(logprobs.logits_bytes, logprobs.checkpoints)
         if limit is None:
             fit = Fit(configured, budget.estimate(configured), None, there)
@@ -296,12 +300,22 @@ class Material:
         both = [places[pair.prompt, reply] for pair in pairs for reply in (pair.chosen, pair.rejected)]
         return rows, np.array(both, int).reshape(-1, 2).T
 
-    def read(self, rows: Sequence[Row], stage: str = "") -> np.ndarray:
-        """Log-probabilities under the model as it is now, float32 `[n]`; progress is told by the name of the stage."""
+    def read(self, rows: Sequence[Row], stage: str = "", *, ranks: Ranks | None = None) -> np.ndarray:
+        """Log-probabilities under the model as it is now, float32 `[n]`.
+
+        Args:
+            stage: name under which progress is told, if any.
+            ranks: who reads, each a share; all that train unless given.
+        """
         report = self.progress if stage else None
-        tell = (lambda done: report({"stage": stage, "done": done, "total": len(rows)})) if report else None
-        at_once = read_at_once(self.costs, rows, self.limit)
-        return np.array(reference_logprobs(self.logprobs, rows, batch=at_once, progress=tell), np.float32)
+
+        def compute(places: np.ndarray) -> list[float]:
+            own = [rows[place] for place in places]
+            tell = (lambda done: report({"stage": stage, "done": done, "total": len(own)})) if report else None
+            at_once = read_at_once(self.costs, own, self.limit)
+            return reference_logprobs(self.logprobs, own, batch=at_once, progress=tell)
+
+        return (ranks or self.ranks).computed(len(rows), compute)
 
     def _row(self, prompt: str, response: str, history: Sequence[Turn] = (), *, name: str) -> Row:
         longest = self.settings.max_tokens

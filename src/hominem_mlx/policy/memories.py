@@ -31,6 +31,8 @@ class Memories:
         seed: of their order.
     """
 
+    measures: tuple[str, ...] = ()  # what `loss` tells beside the loss, by name
+
     def __init__(
         self, logprobs: LogProbs, rows: Sequence[Row], weight: np.ndarray, parts: Parts, *, batch: int, seed: int
     ):

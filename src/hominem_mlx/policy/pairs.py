@@ -28,7 +28,8 @@ class PairBatch:
 
     chosen, rejected: int `[n]`, numbers of rows. Of each row, float32 `[r]`: reference. Of each pair, float32 `[n]`:
     target, weight (gate * intensity), margin (of the scores, 1 where there are none). unlearn: bool `[n]`, pairs whose
-    two sides are both to become less likely.
+    two sides are both to become less likely. learnt: how many pairs of the whole batch are not, times this part's share
+    of that batch, so that means over parts are those of the batch.
     """
 
     rows: Rows
@@ -39,6 +40,7 @@ class PairBatch:
     weight: mx.array
     margin: mx.array
     unlearn: mx.array
+    learnt: float
 
 
 class Pairs:
@@ -54,6 +56,8 @@ class Pairs:
     Attributes:
         without_margin: number of pairs whose scores do not differ or are not known.
     """
+
+    measures = ("accuracy", "displacement")  # what `loss` tells beside the loss, by name
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Pairs:
 
     def batch_at(self, place: int) -> PairBatch | None:
         """The part of a batch at that place, None where it is empty; epochs go round for ever."""
-        index = self.parts.at(self.order, place)
+        whole, index = self.order.batch(self.parts.step(place)), self.parts.at(self.order, place)
         if not len(index):
             return None
         replies, places = np.unique(self.sides[:, index], return_inverse=True)
@@ -110,6 +114,7 @@ class Pairs:
             mx.array(self.weight[index]),
             mx.array(self.margin[index]),
             mx.array(self.unlearn[index]),
+            max(1, int((~self.unlearn[whole]).sum())) * (len(index) / len(whole)),
         )
 
     def loss(self, batch: PairBatch) -> tuple[mx.array, dict[str, mx.array]]:
@@ -130,10 +135,9 @@ class Pairs:
             away = settings.beta / 2 * (losses.npo(won, beta=settings.beta) + losses.npo(lost, beta=settings.beta))
             per_pair = mx.where(learnt, per_pair, away)
         loss = (batch.weight * per_pair).sum() / n
-        count = mx.maximum(learnt.sum(), 1)
         return loss, {
-            "accuracy": (learnt * (won > lost)).sum() / count,
-            "displacement": (learnt * won / lengths).sum() / count,
+            "accuracy": (learnt * (won > lost)).sum() / batch.learnt,
+            "displacement": (learnt * won / lengths).sum() / batch.learnt,
         }
 
     def _preferred(self, batch: PairBatch, logp: mx.array, won: mx.array, lost: mx.array) -> mx.array:

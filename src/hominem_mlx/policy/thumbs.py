@@ -52,6 +52,8 @@ class Thumbs:
         strange: by number of a thumb, the row that z0 has of it.
     """
 
+    measures = ("accuracy", "baseline")  # what `loss` tells beside the loss, by name
+
     def __init__(
         self,
         logprobs: LogProbs,

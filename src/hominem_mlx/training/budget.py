@@ -16,6 +16,7 @@ import numpy as np
 from hominem_mlx.training import footprint
 from hominem_mlx.training.costs import TOTAL, Costs, Estimate, Load, Picks, heaviest, shown
 from hominem_mlx.training.logprobs import READ_AT_ONCE
+from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Order, Parts, Row, by_prompt
 
 HALVINGS = 4  # of the chunks of logits: with fewer tokens at once, products lose their speed
@@ -99,10 +100,14 @@ class Fit:
 
 
 class Budget:
-    """Finds picks for what several channels compute."""
+    """Finds picks for what several channels compute.
 
-    def __init__(self, costs: Costs, lessons: Sequence[Lessons]):
-        self.costs, self.lessons = costs, lessons
+    Args:
+        ranks: who shares the batches; what is found is for this one.
+    """
+
+    def __init__(self, costs: Costs, lessons: Sequence[Lessons], ranks: Ranks = ALONE):
+        self.costs, self.lessons, self.ranks = costs, lessons, ranks
         self._loads = functools.cache(self._loads_of)
 
     def estimate(self, picks: Picks) -> Estimate:
@@ -144,7 +149,7 @@ class Budget:
     def _loads_of(self, place: int, parts: int, spread: bool) -> tuple[list[Load], list[Load]]:
         """The heaviest that a gradient is wanted of, and that is read beside it."""
         lessons, logprobs = self.lessons[place], self.costs.logprobs
-        batches = (lessons.batches(Parts(parts)), lessons.batches_beside())
+        batches = (lessons.batches(Parts(parts, self.ranks)), lessons.batches_beside())
         learnt, read = (heaviest(logprobs, each, spread=spread) for each in batches)
         return learnt, read
 

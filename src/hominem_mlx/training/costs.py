@@ -144,11 +144,15 @@ class Costs:
         logprobs: of the model, without that adapter.
         shape, keys: of the adapter, as `lora.attach` takes them.
         gradients: copies of its gradient that are held between the terms of the loss.
+        met: whether gradients of several ranks are summed up: this one's, by weight, in one piece, and the sum.
     """
 
-    def __init__(self, logprobs: LogProbs, shape: lora.Shape, keys: Sequence[str], *, gradients: int):
+    def __init__(
+        self, logprobs: LogProbs, shape: lora.Shape, keys: Sequence[str], *, gradients: int, met: bool = False
+    ):
         lm, sizes = logprobs.lm, _sizes(logprobs.lm.model)
         self.logprobs, self.layers, self.gradients = logprobs, lm.num_layers, gradients
+        self.beside_gradients = max(8, 3 * gradients + 3 if met else 0)  # copies, after the gradients are made
         self.weights = sum(value.nbytes for _, value in tree_flatten(lm.model.parameters()))
         self.adapter = FLOAT * lora.size(lm, shape, keys)
         self.taught = lora.num_blocks(lm, shape)
@@ -200,7 +204,8 @@ class Costs:
         if again and kept:  # the first block that is computed again, while the one above it is not all let go
             moments.append((again * inputs + 2 * block + in_hand, 0))
         activations, logits = map(int, max(moments, key=sum))
-        copies = max((self.gradients + 5) * self.adapter, (self.gradients + 8) * self.adapter - activations - logits)
+        after = (self.gradients + self.beside_gradients) * self.adapter - activations - logits
+        copies = max((self.gradients + 5) * self.adapter, after)
         return Estimate(self.weights, copies, activations, logits)
 
     def forward(self, load: Load, picks: Picks) -> Estimate:

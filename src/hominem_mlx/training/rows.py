@@ -14,6 +14,7 @@ from hominem_mlx.models.platform import lanes, pad_to
 from hominem_mlx.models.prefix import Prompts
 from hominem_mlx.records import Record, Turn
 from hominem_mlx.training.cutting import Lengths, Part, cut, padded
+from hominem_mlx.training.parallel import ALONE, Ranks
 
 Said = TypeVar("Said", bound=Record)
 
@@ -138,20 +139,22 @@ class Order:
 
 @dataclass
 class Parts:
-    """How batches are cut where they are computed: each into so many micro-batches, which are counted through.
+    """How batches are cut where they are computed: by rank, then into micro-batches, which are counted through.
 
-    All channels of a run hold the same; `micro_batches` is settled before the first batch.
+    All channels of a run hold the same; `micro_batches` is settled before the first batch, by each rank for itself.
     """
 
     micro_batches: int = 1
+    ranks: Ranks = ALONE
 
     def step(self, place: int) -> int:
         """The step of the micro-batch at `place`."""
         return place // self.micro_batches
 
     def at(self, order: Order, place: int) -> np.ndarray:
-        """Row numbers of the micro-batch at `place`; none where a batch has fewer rows than parts."""
-        return np.array_split(order.batch(self.step(place)), self.micro_batches)[place % self.micro_batches]
+        """Row numbers of this rank's micro-batch at `place`; none where a batch has fewer rows than parts."""
+        own = self.ranks.share(order.batch(self.step(place)))
+        return np.array_split(own, self.micro_batches)[place % self.micro_batches]
 
 
 def by_prompt(rows: Sequence[Row]) -> list[int]:

@@ -15,7 +15,7 @@ from hominem_mlx.cli import cli
 from hominem_mlx.config import load_config
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import write_jsonl
-from hominem_mlx.models import lora, platform
+from hominem_mlx.models import backbone, lora, platform
 from hominem_mlx.policy import dual
 from hominem_mlx.policy.material import Material
 from hominem_mlx.records import Preference, SftPair, Thumb
@@ -78,22 +78,29 @@ def some_thumbs(number, *, prompt=20, reply=10):
     ]
 
 
+def a_model(folder, *, hidden=96, layers=4, ffn=256, vocabulary=1024, heads=4, kv_heads=2, head_dim=16):
+    """A Qwen3 of random weights and any sizes that reads the tiny model's tokens."""
+    lm = backbone.load(str(folder))
+    sizes = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ffn, vocab_size=vocabulary)
+    sizes |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    other = dict(rope_theta=1e4, rms_norm_eps=1e-6, max_position_embeddings=4096, tie_word_embeddings=True)
+    mx.random.seed(3)
+    lm.model = qwen3.Model(qwen3.ModelArgs(model_type="qwen3", **sizes, **other))
+    lm.model.freeze()
+    mx.eval(lm.model.parameters())
+    return lm
+
+
+@pytest.fixture(scope="module")
+def one_model(tiny_folder):
+    return a_model(tiny_folder)
+
+
 @pytest.fixture
-def random_lm(tiny):
-    """Makes a Qwen3 of random weights and any sizes that reads the tiny model's tokens."""
-
-    def make(*, hidden=96, layers=4, ffn=256, vocabulary=1024, heads=4, kv_heads=2, head_dim=16):
-        lm = tiny()
-        sizes = dict(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=ffn, vocab_size=vocabulary)
-        sizes |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
-        other = dict(rope_theta=1e4, rms_norm_eps=1e-6, max_position_embeddings=4096, tie_word_embeddings=True)
-        mx.random.seed(3)
-        lm.model = qwen3.Model(qwen3.ModelArgs(model_type="qwen3", **sizes, **other))
-        lm.model.freeze()
-        mx.eval(lm.model.parameters())
-        return lm
-
-    return make
+def lm(one_model):
+    """Always the same: training never moves its weights."""
+    yield one_model
+    lora.detach(one_model)
 
 
 def settings_of(*overrides):
@@ -169,6 +176,12 @@ def test_an_estimate_is_worked_out_by_hand(tiny, monkeypatch):
     assert head.activations + head.logits == int(4 * (2 * kept + hidden + max(logits, in_hand)))
     states = found.step(load, whole, words=False)
     assert (states.logits, states.activations) == (0, int(4 * (2 * kept + hidden + in_hand)))
+    little = Load(1, 1, 0, 0, (1,))
+    met = Costs(LogProbs(lm), lora.Shape(rank=2), keys, gradients=2, met=True)  # by weight, in one piece, and the sum
+    assert [each.step(little, whole).total - each.weights for each in (found, met)] == [
+        4 * 10 * adapter,
+        4 * 11 * adapter,
+    ]
     reading = found.forward(load, whole)
     shared = 2 * 2 * 2 * 8 * 40
     wanted = hidden + max(shared + logits, shared + once, costs.READING * once)
@@ -250,7 +263,7 @@ def trained(lm, settings, data, folder, limit=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_estimate_is_enough_and_not_far_too_much(random_lm, tmp_path, monkeypatch, case):
+def test_the_estimate_is_enough_and_not_far_too_much(lm, tmp_path, monkeypatch, case):
     settings = settings_of("dual.batch_pairs=6", "dual.batch_memories=4", *CASES[case])
     pairs = some_pairs(4, 3) if case != "thumbs alone" else []
     data = (pairs, some_memories(8), some_thumbs(12) if "thumbs" in case else [])
@@ -258,9 +271,9 @@ def test_the_estimate_is_enough_and_not_far_too_much(random_lm, tmp_path, monkey
         monkeypatch.setattr(training_logprobs, "LOGITS_BYTES", 2**17)
     limit = None
     if "of the memory" in case:
-        whole = readied(random_lm(), settings, data)[-1]
+        whole = readied(lm, settings, data)[-1]
         limit = int(whole / (3 if "third" in case else 2))
-    estimate, took = trained(random_lm(), settings, data, tmp_path / "run", limit)
+    estimate, took = trained(lm, settings, data, tmp_path / "run", limit)
     assert took <= estimate <= 2 * took  # 1.5 on models of real sizes: how far MLX runs ahead hangs on what else runs
     assert limit is None or took <= limit
 
@@ -357,13 +370,13 @@ def test_parts_of_a_batch_are_its_rows_once_each():
 
 
 @pytest.mark.parametrize("loss", ["dpo", "wpo", "simpo"])
-def test_parts_give_the_loss_and_the_gradient_of_the_whole_batch(random_lm, loss):
+def test_parts_give_the_loss_and_the_gradient_of_the_whole_batch(lm, loss):
     """Pairs and thumbs by the mean over them, memories over response tokens, the anchor over the base's squares."""
     sizes = ["dual.batch_pairs=7", "dual.batch_memories=5", "dual.batch_anchors=4", "dual.anchor_weight=0.5"]
     other = [] if loss == "simpo" else ["dual.unsafe_pairs=npo"]  # nor does it go with thumbs
     pairs = some_pairs(3, 2)
     pairs.append(pairs[0].model_copy(update={"safety_score": -0.9, "rejected_safety_score": -0.8}))
-    lm, thumbs = random_lm(), [] if loss == "simpo" else some_thumbs(5)
+    thumbs = [] if loss == "simpo" else some_thumbs(5)
     material = Material(lm, settings_of(*sizes, *other, f"dual.loss={loss}"), None, None)
     channels = material.channels(pairs, some_memories(5), thumbs=thumbs)
     assert len(channels) == 3 + bool(thumbs)
@@ -423,42 +436,17 @@ def arrays(artifact):
     return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
 
 
-def near(one, other):
-    for name, value in arrays(one).items():
-        assert np.abs(arrays(other)[name] - value).max() <= 1e-3 * np.abs(value).max(), name
-
-
-def test_less_memory_trains_the_same_adapter_and_tells_what_it_did(registry, dataset, random_lm):
-    lm, events = random_lm(), []
+def test_a_limit_changes_nothing_but_how_it_is_computed(registry, dataset, lm):
+    roomy_events, events = [], []
     whole = train(registry, dataset, lm)
     told = whole.metadata["metrics"]["memory"]
     assert told["limit_gb"] is None and told["picked"]["micro_batches"] == 1
     assert told["estimate_gb"]["total"] == told["as_configured_gb"]
-    limit = told["as_configured_gb"] / 3
-    tight = train(registry, dataset, lm, f"dual.memory_gb={limit}", progress=events.append)
-    picked = tight.metadata["metrics"]["memory"]
-    assert picked["picked"]["micro_batches"] > 1
-    assert picked["estimate_gb"]["total"] <= picked["limit_gb"] == pytest.approx(limit)
-    assert picked["as_configured_gb"] == told["as_configured_gb"]
-    near(whole, tight)
-    [note] = [event["note"] for event in events if "note" in event]
-    assert "parts, since as configured it would be" in note
-    assert tight.metadata["config"] == whole.metadata["config"] and "memory_gb" not in whole.metadata["config"]["dual"]
 
-
-def test_enough_memory_changes_no_bit(registry, dataset, random_lm):
-    lm, events = random_lm(), []
-    whole, roomy = (
-        train(registry, dataset, lm),
-        train(registry, dataset, lm, "dual.memory_gb=9", progress=events.append),
-    )
+    roomy = train(registry, dataset, lm, "dual.memory_gb=9", progress=roomy_events.append)
     assert roomy.hash == whole.hash  # files included
-    assert [event["note"].endswith("of 9.00 GB: as configured") for event in events if "note" in event] == [True]
-
-
-def test_a_run_that_was_killed_goes_on_with_less_memory(registry, dataset, random_lm):
-    lm, seen = random_lm(), []
-    whole = train(registry, dataset, lm)
+    notes = [event["note"] for event in roomy_events if "note" in event]
+    assert [note.endswith("of 9.00 GB: as configured") for note in notes] == [True]
 
     def die(event):
         if event["stage"] == "training" and event["done"] == 1:
@@ -466,14 +454,22 @@ def test_a_run_that_was_killed_goes_on_with_less_memory(registry, dataset, rando
 
     with pytest.raises(KeyboardInterrupt):
         train(registry, dataset, lm, progress=die)
-    limit = whole.metadata["metrics"]["memory"]["as_configured_gb"] / 3
-    resumed = train(registry, dataset, lm, f"dual.memory_gb={limit}", progress=seen.append)
-    assert next(event["done"] for event in seen if event["stage"] == "training") == 2
-    near(whole, resumed)
+    limit = told["as_configured_gb"] / 3  # what was killed goes on with less
+    tight = train(registry, dataset, lm, f"dual.memory_gb={limit}", progress=events.append)
+    assert next(event["done"] for event in events if event["stage"] == "training") == 2
+    picked = tight.metadata["metrics"]["memory"]
+    assert picked["picked"]["micro_batches"] > 1
+    assert picked["estimate_gb"]["total"] <= picked["limit_gb"] == pytest.approx(limit)
+    assert picked["as_configured_gb"] == told["as_configured_gb"]
+    [note] = [event["note"] for event in events if "note" in event]
+    assert "parts, since as configured it would be" in note
+    assert tight.metadata["config"] == whole.metadata["config"] and "memory_gb" not in whole.metadata["config"]["dual"]
+    expected, found = arrays(whole), arrays(tight)
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-3 * np.abs(value).max(), name
 
 
-def test_too_little_memory_is_refused_with_what_to_do(registry, dataset, random_lm):
-    lm = random_lm()
+def test_too_little_memory_is_refused_with_what_to_do(registry, dataset, lm):
     with pytest.raises(
         TrainingError,
         match=r"takes [\d.]+ MB \(weights .*, logits .*\) of memory at the least, and dual\.memory_gb allows 1\.0 MB: "
@@ -485,39 +481,39 @@ def test_too_little_memory_is_refused_with_what_to_do(registry, dataset, random_
         train(registry, dataset, lm, "dual.memory_gb=0.001", "dual.dropout=0.1")
 
 
-def test_without_a_limit_a_small_machine_is_warned_of_and_a_large_one_says_nothing(
-    registry, dataset, random_lm, monkeypatch
-):
-    lm, events = random_lm(), []
-    train(registry, dataset, lm, progress=events.append)
-    assert not any("note" in event for event in events)
+def test_without_a_limit_a_small_machine_is_warned_of_and_a_large_one_says_nothing(lm, monkeypatch):
+    def notes():
+        events = []
+        Material(lm, settings_of(), None, events.append).channels(some_pairs(2), some_memories(2))
+        return [event["note"] for event in events if "note" in event]
+
+    assert notes() == []
     monkeypatch.setattr(footprint, "there_is", lambda: 10**6)
-    train(registry, dataset, lm, progress=events.append)
-    [note] = [event["note"] for event in events if "note" in event]
+    [note] = notes()
     assert "this machine has 1.0 MB: --memory-gb 0 computes it so that it fits" in note
 
 
-def test_nought_is_what_the_machine_has_and_mlx_keeps_to_the_limit(registry, dataset, random_lm, monkeypatch):
+def test_nought_is_what_the_machine_has_and_mlx_keeps_to_the_limit(monkeypatch):
     monkeypatch.setattr(footprint, "there_is", lambda: 7 * 10**9)
-    usual, inside = mx.set_memory_limit(10**12), []
+    usual = mx.set_memory_limit(10**12)
+    for gb, wanted in ((0, 7 * 10**9), (0.5, 5 * 10**8), (None, None)):
+        with budget.memory_limit(gb) as limit:
+            inside = mx.set_memory_limit(10**12)
+            mx.set_memory_limit(inside)
+            assert (limit, inside) == (wanted, wanted or 10**12)
+        assert mx.set_memory_limit(10**12) == 10**12
+    mx.set_memory_limit(usual)
 
-    def look(event):
-        inside.append(mx.set_memory_limit(10**10))
-        mx.set_memory_limit(inside[-1])
 
-    artifact = train(registry, dataset, random_lm(), "dual.memory_gb=0", progress=look)
-    assert artifact.metadata["metrics"]["memory"]["limit_gb"] == 7 and set(inside) == {7 * 10**9}
-    assert mx.set_memory_limit(usual) == 10**12
-
-
-def test_the_command_takes_it_says_it_and_refuses(registry, dataset, tiny, home):
+def test_the_command_takes_it_says_it_and_refuses(registry, dataset, tiny, monkeypatch):
+    monkeypatch.setattr(footprint, "there_is", lambda: 3 * 10**9)
     registry.use(dataset, pointer="pairs")
     base = f"student.base={tiny().folder}"
 
     def hominem(*words):
         return CliRunner().invoke(cli, ["train", "dual", *FAST, *BATCHES, base, *words])
 
-    done = hominem("--memory-gb", "3")
+    done = hominem("--memory-gb", "0")
     assert done.exit_code == 0, done.output
     assert "memory: at most " in done.output and " MB) of 3.00 GB: as configured" in done.output
     assert re.search(r"Estimated [\d.]+ MB of memory, took [\d.]+ (MB|GB)", done.output)

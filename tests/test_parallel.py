@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,22 +22,33 @@ from mlx.utils import tree_flatten
 from hominem_mlx.cli import cli
 from hominem_mlx.config import load_config
 from hominem_mlx.files import write_jsonl
-from hominem_mlx.models import lora
+from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
-from hominem_mlx.records import Preference, SftPair
+from hominem_mlx.policy.material import Material
+from hominem_mlx.records import Preference, SftPair, Thumb
+from hominem_mlx.storage.registry import Registry
+from hominem_mlx.training.footprint import GB
 from hominem_mlx.training.loop import CHECKPOINT
 from hominem_mlx.training.parallel import ALONE, Ranks
+from hominem_mlx.training.rows import Order, Parts
 
 SETTINGS = (
     "dual.epochs=2", "dual.learning_rate=0.003", "dual.rank=2", "dual.batch_pairs=3", "dual.batch_memories=2",
-    "dual.anchor_weight=0.5", "dual.batch_anchors=3", "dual.eval_every=2", "dual.max_displacement=0",
+    "dual.anchor_weight=0.5", "dual.batch_anchors=3", "dual.batch_thumbs=3", "dual.eval_every=2",
+    "dual.max_displacement=0", "dual.probes=0",
 )  # fmt: skip
-LONG = (*SETTINGS, "dual.epochs=4", "dual.save_every=2", "dual.eval_every=6")
+JOBS = {
+    "normalised": (*SETTINGS, "dual.blend=normalised", "dual.loss=wpo", "dual.unsafe_pairs=npo", "dual.keep=best"),
+    "alternate": (*SETTINGS, "dual.blend=alternate", "dual.preference_targets=head", "dual.head_rank=1"),
+    "straight": (*SETTINGS, "dual.epochs=4", "dual.eval_every=6", "dual.save_every=2"),
+}
+LESS_MEMORY = 0.3  # of what one process takes: then rank 0 cuts its share of a batch into parts
 SECONDS = 100  # after which a process that should have ended is ended by the test
 REPLIES = ["kind and rather long.", "short", "a rude answer!", "so so"]
 CHILD = """
 import json, sys
 import hominem_mlx
+import mlx.core as mx
 from hominem_mlx.config import load_config
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.models import backbone
@@ -45,7 +57,8 @@ from hominem_mlx.storage.registry import Registry
 from hominem_mlx.training import parallel
 
 work = json.loads(sys.argv[1])
-ranks = parallel.join(patience=work["patience"])
+ranks = parallel.join()
+ranks.patience = work["patience"][ranks.rank]
 registry, lm = Registry(work["home"]), backbone.load(work["base"])
 pairs = registry.get("dataset", work["pairs"])
 for settings in work["jobs"]:
@@ -54,7 +67,7 @@ for settings in work["jobs"]:
     learn = dual.train if ranks.is_first else dual.assist
     try:
         made = learn(registry, pairs, load_config(overrides=own), lm=lm, ranks=ranks)
-        print(json.dumps(made.version if made else None), flush=True)
+        print(json.dumps(made and [made.version, mx.get_peak_memory()]), flush=True)
     except TrainingError as error:
         print(json.dumps(str(error)), flush=True)
         if "nothing was begun" not in str(error):
@@ -74,77 +87,19 @@ MEMORIES = [
     SftPair(id=f"m{i}", instruction=f"what is {i}?", response="thing " * (1 + 3 * i), confidence=1 - 0.3 * i)
     for i in range(3)
 ]
-
-
-@pytest.fixture
-def pairs(registry):
-    with registry.draft("dataset") as draft:
-        write_jsonl(draft.folder / "preferences.train.jsonl", [*PAIRS, *UNSAFE])
-        write_jsonl(draft.folder / "preferences.valid.jsonl", PAIRS[:3])
-        write_jsonl(draft.folder / "memory.jsonl", MEMORIES)
-    registry.use(draft.published, pointer="pairs")
-    return draft.published
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture
-def ring(home, pairs, tiny, tmp_path):
-    """Starts two processes that do these jobs together; those that are left are ended."""
-    started: list[subprocess.Popen] = []
-
-    def start(*jobs, patience=SECONDS) -> list[subprocess.Popen]:
-        hosts = tmp_path / "ring.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
-        work = {"home": str(home), "base": tiny().folder, "pairs": pairs.version, "jobs": jobs, "patience": patience}
-        command = [sys.executable, "-c", CHILD, json.dumps(work, default=str)]
-        pipe = subprocess.PIPE
-        for rank in range(2):
-            env = os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True))
-        return started[-2:]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def ended(process) -> tuple[int, list, str]:
-    """Exit code, what it printed, what it complained about."""
-    printed, complaint = process.communicate(timeout=SECONDS)
-    return process.returncode, [json.loads(line) for line in printed.splitlines()], complaint
-
-
-def weights(artifact):
-    return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
-
-
-def assert_same_training(one, other):
-    """Equal up to rounding, in how far every weight has gone and in all that was measured on the way."""
-    assert one.hash != other.hash  # or nothing was shared: sums of shares round in another order
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        assert np.abs(found[name] - value).max() <= 1e-4 * np.abs(value).max(), name
-    told, other_told = (numbers(artifact.metadata["metrics"]["training"]) for artifact in (one, other))
-    assert other_told == pytest.approx(told, rel=1e-3, abs=1e-4)
-
-
-def numbers(value, name="") -> dict[str, float]:
-    """All numbers in a nested value, by where they are."""
-    if isinstance(value, dict | list):
-        inner = value.items() if isinstance(value, dict) else enumerate(value)
-        return {place: number for key, item in inner for place, number in numbers(item, f"{name}.{key}").items()}
-    return {name: value} if isinstance(value, int | float) else {}
+THUMBS = [
+    Thumb(id=f"t{i}", prompt=f"number {i % 3}?", response=f"it is {i}, I think", good=i % 3 == 0) for i in range(5)
+]
 
 
 # --- shares ---------------------------------------------------------------------------------------------------------
+
+
+def stub(rank, size) -> Ranks:
+    """A rank of a ring that is not there: enough to cut batches."""
+    ranks = Ranks()
+    ranks.rank, ranks.size = rank, size
+    return ranks
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -156,19 +111,25 @@ def test_shares_cover_a_batch_once_and_rank_0_is_never_without(size):
         assert max(map(len, shares)) - min(map(len, shares)) <= 1 and len(shares[0])
 
 
-def stub(rank, size) -> Ranks:
-    """A rank of a ring that is not there: enough to cut batches."""
-    ranks = Ranks()
-    ranks.rank, ranks.size = rank, size
-    return ranks
+def test_a_batch_is_cut_by_rank_and_then_into_micro_batches_by_each_for_itself():
+    order, size = Order(23, 9, seed=1), 2
+    for step in range(4):
+        mine, other = (
+            [Parts(parts, stub(rank, size)).at(order, step * parts + number) for number in range(parts)]
+            for rank, parts in ((0, 3), (1, 2))
+        )
+        batch = order.batch(step)
+        assert np.concatenate([*mine, *other]).tolist() == batch.tolist()
+        assert np.concatenate(mine).tolist() == stub(0, size).share(batch).tolist()
 
 
-@pytest.mark.parametrize("name", ["memory", "preference", "anchor"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, name, size):
+@pytest.mark.parametrize("name", ["memory", "preference", "thumb", "anchor"])
+@pytest.mark.parametrize(("size", "micro_batches"), [(2, 1), (4, 1), (2, 2)])
+def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, name, size, micro_batches):
     lm = tiny()
-    material = dual.Material(lm, load_config(overrides=[*SETTINGS, "dual.unsafe_pairs=npo"]).dual, None, None)
-    channel = {each.name: each for each in material.channels([*PAIRS, *UNSAFE], MEMORIES)}[name]
+    material = Material(lm, load_config(overrides=[*SETTINGS, "dual.unsafe_pairs=npo"]).dual, None, None)
+    channels = material.channels([*PAIRS, *UNSAFE], MEMORIES, thumbs=THUMBS)
+    channel = {each.name: each for each in channels}[name]
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
     for key, value in lora.adapter_parameters(lm.model).items():
         if key.endswith("lora_b"):
@@ -180,107 +141,203 @@ def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, 
         parts = [loss, *measured.values(), *(value for _, value in tree_flatten(tree))]
         return np.concatenate([np.array(part, np.float64).reshape(-1) for part in parts])
 
-    # places live where batches are cut, and pair batches read them through `material`
-    cutter = channel.batch_at.__self__ if name == "memory" else material
     for step in range(3):
-        cutter.ranks = ALONE
+        material.parts.ranks, material.parts.micro_batches = ALONE, 1
         whole = look(channel.batch_at(step))
         total, weight, without = 0.0, 0.0, 0
         for rank in range(size):
-            cutter.ranks = stub(rank, size)
-            batch = channel.batch_at(step)
-            if batch is None:
-                without += 1
-                continue
-            own = channel.size(batch)
-            total, weight = total + own * look(batch), weight + own
+            material.parts.ranks, material.parts.micro_batches = stub(rank, size), micro_batches
+            for place in range(step * micro_batches, (step + 1) * micro_batches):
+                batch = channel.batch_at(place)
+                if batch is None:
+                    without += 1
+                    continue
+                own = channel.size(batch)
+                total, weight = total + own * look(batch), weight + own
         assert total / weight == pytest.approx(whole, rel=1e-4, abs=1e-6 * np.abs(whole).max())
-        assert without >= size - 3  # batches of two and three rows
+        assert without >= size * micro_batches - 3  # batches of two and three rows
     assert np.abs(whole).max() > 1e-3
+
+
+def test_a_rank_without_a_row_has_nothing_to_add(tiny):
+    lm, ones = tiny(), ["dual.batch_pairs=1", "dual.batch_memories=1", "dual.anchor_weight=0", "dual.memory_gb=9"]
+    material = Material(lm, load_config(overrides=[*SETTINGS, *ones]).dual, None, None, 9 * 10**9, stub(1, 2))
+    channels = material.channels(PAIRS, MEMORIES[:1])
+    assert [channel.batch_at(0) for channel in channels] == [None, None]
+    memory = material.counts["memory"]["estimate_gb"]
+    assert memory["weights"] > 0 and memory["activations"] + memory["logits"] > 0  # it reads references all the same
 
 
 # --- two processes --------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_make_the_adapter_of_one_and_a_silent_one_ends_the_other(registry, pairs, tiny, ring, home):
-    jobs = [
-        [*SETTINGS, "rank 1: dual.beta=0.2"],
-        [*SETTINGS, "dual.blend=normalised", "dual.loss=wpo", "dual.unsafe_pairs=npo"],
-        [*SETTINGS, "dual.blend=alternate", "dual.preference_targets=head", "dual.head_rank=1"],
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def processes(*commands):
+    """Started side by side as `(command, environment)`; those that are left in the end are ended."""
+    pipe = subprocess.PIPE
+    running = [
+        subprocess.Popen(list(map(str, words)), env=os.environ | more, stdout=pipe, stderr=pipe, text=True)
+        for words, more in commands
     ]
-    first, other = ring(*jobs, [*LONG, "dual.epochs=100000"], patience=3)
-    printed = [json.loads(first.stdout.readline()) for _ in jobs]
-    assert "rank 1 has another settings than rank 0" in printed[0]
-    for settings, version in zip(jobs[1:], printed[1:]):
-        alone = dual.train(registry, pairs, load_config(overrides=settings), lm=tiny())
-        assert_same_training(alone, registry.get("lora", version))
-    checkpoints(home / "runs", first, other)
-    other.send_signal(signal.SIGSTOP)
-    code, _, complaint = ended(first)
-    assert code == 2
-    assert "no word from another process" in complaint and "give the same command again" in complaint
-    assert_whole(registry)
+    try:
+        yield running
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()  # a launcher passes it on
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                process.kill()
+            process.communicate()
 
 
-def checkpoints(runs: Path, *processes) -> list[Path]:
+def ended(process) -> SimpleNamespace:
+    """Exit code, lines printed, what it complained about."""
+    printed, complaint = process.communicate(timeout=SECONDS)
+    return SimpleNamespace(code=process.returncode, printed=printed.splitlines(), complaint=complaint)
+
+
+def checkpoints(runs: Path, *running) -> list[Path]:
     """The checkpoints of unfinished runs, once there are any."""
     deadline = time.monotonic() + SECONDS
     while not (found := list(runs.glob(f"*/{CHECKPOINT}"))):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        assert time.monotonic() < deadline and all(process.poll() is None for process in running)
         time.sleep(0.005)
     return found
 
 
-def assert_whole(registry) -> None:
-    """All that is there under its own name can be read and is what it should be."""
-    assert registry.verify() == []
+def whole(registry) -> bool:
+    """Whether all that is there under its own name can be read and is what it should be."""
     for path in checkpoints(registry.home / "runs"):
         _, metadata = mx.load(str(path), return_metadata=True)
-        assert json.loads(metadata["story"])["step"] > 0
+        if json.loads(metadata["story"])["step"] < 1:
+            return False
+    return registry.verify() == []
 
 
-def test_a_rank_that_dies_ends_all_and_the_same_command_ends_where_it_would_have(registry, pairs, tiny, ring, home):
-    lm = tiny()
-    first, other = ring(LONG, [*LONG, "dual.epochs=100000"])
-    straight = registry.get("lora", json.loads(first.stdout.readline()))
-    assert_same_training(dual.train(registry, pairs, load_config(overrides=LONG), lm=lm), straight)
-    checkpoints(home / "runs", first, other)
-    other.kill()
-    code, [said], _ = ended(first)
-    assert code == 2
-    assert "another process of this run has ended" in said and "give the same command again" in said
-    assert_whole(registry)
+@pytest.fixture(scope="module")
+def shared(tiny_folder, tmp_path_factory) -> SimpleNamespace:
+    """What became of a home in which two processes trained together: they start slowly, so all is done here once.
+
+    First in a ring that is set up here: settings that differ, then all jobs, then one that does not end, in which
+    rank 1 is frozen, and goes on when rank 0 has given up. Then by the command, whose rank 0 is killed after its
+    first checkpoint, and by the same command once more.
+    """
+    found = SimpleNamespace(base=str(tiny_folder), registry=Registry(tmp_path_factory.mktemp("home")))
+    registry, home = found.registry, found.registry.home
+    with registry.draft("dataset") as draft:
+        write_jsonl(draft.folder / "preferences.train.jsonl", [*PAIRS, *UNSAFE])
+        write_jsonl(draft.folder / "preferences.valid.jsonl", PAIRS[:3])
+        write_jsonl(draft.folder / "memory.jsonl", MEMORIES)
+        write_jsonl(draft.folder / "thumbs.jsonl", THUMBS)
+    registry.use(draft.published, pointer="pairs")
+    found.pairs = draft.published
+
+    lm = backbone.load(found.base)
+    found.alone = {
+        name: dual.train(registry, found.pairs, load_config(overrides=settings), lm=lm)
+        for name, settings in JOBS.items()
+    }
+    needed = found.alone["normalised"].metadata["metrics"]["memory"]["estimate_gb"]["total"]
+    less_memory = f"rank 0: dual.memory_gb={LESS_MEMORY * needed}"
+    jobs = [
+        [*SETTINGS, "rank 1: dual.beta=0.2"],
+        *([*settings, *([less_memory] if name == "normalised" else [])] for name, settings in JOBS.items()),
+        [*JOBS["straight"], "dual.epochs=100000"],
+    ]
+    hosts = home / "ring.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    work = {"home": str(home), "base": found.base, "pairs": found.pairs.version, "jobs": jobs, "patience": [3, SECONDS]}
+    command = [sys.executable, "-c", CHILD, json.dumps(work)]
+    ring = ((command, {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}) for rank in range(2))
+    with processes(*ring) as (first, other):
+        said = [json.loads(first.stdout.readline()) for _ in jobs[:-1]]
+        found.refusal = said[0]
+        made = dict(zip(JOBS, said[1:], strict=True))
+        found.together = {name: registry.get("lora", version) for name, (version, _) in made.items()}
+        found.took = {name: peak for name, (_, peak) in made.items()}
+        checkpoints(home / "runs", first, other)
+        other.send_signal(signal.SIGSTOP)
+        found.gave_up = ended(first)
+        other.send_signal(signal.SIGCONT)
+        found.left_alone = ended(other)
+    found.whole_then = whole(registry)
     shutil.rmtree(home / "runs")
 
-    hosts, made = home / "hosts.json", home / "made.json"
     hosts.write_text(json.dumps([{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}] * 2))
-    words = ["train", "dual", "--hosts", hosts, "--json", made, *LONG, f"student.base={lm.folder}"]
-    with started(*words) as process:
+    found.told = home / "made.json"
+    words = ["--hosts", hosts, "--json", found.told, "--home", home, *JOBS["straight"], f"student.base={found.base}"]
+    command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", "train", "dual", *words]
+    with processes((command, {})) as (process,):
         [checkpoint] = checkpoints(home / "runs", process)
         holder = (home / "locks" / f"{checkpoint.parent.name}.lock").read_text()  # process 123 (training ...)
         os.kill(int(holder.split()[1]), signal.SIGKILL)
-        code, _, complaint = ended(process)
-    assert code == 2
-    assert "hominem: a rank failed, so all were stopped" in complaint
-    assert_whole(registry)
-    with started(*words) as process:
-        printed, complaint = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, complaint
-    assert printed.count("is trained, not in use yet") == 1  # one rank prints
-    assert json.loads(made.read_text())["artifact"] == straight.ref
+        found.killed = ended(process)
+    found.whole_after_the_kill = whole(registry)
+    with processes((command, {})) as (process,):
+        found.resumed = ended(process)
+    return found
 
 
-@contextlib.contextmanager
-def started(*words):
-    """`hominem WORDS`, ended when the block ends."""
-    command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # it passes this on
-        process.communicate()
+def weights(artifact):
+    return {name: np.array(value) for name, value in mx.load(str(artifact.file(lora.WEIGHTS))).items()}
+
+
+def numbers(value, name="") -> dict[str, float]:
+    """All numbers in a nested value, by where they are."""
+    if isinstance(value, dict | list):
+        inner = value.items() if isinstance(value, dict) else enumerate(value)
+        return {place: number for key, item in inner for place, number in numbers(item, f"{name}.{key}").items()}
+    return {name: value} if isinstance(value, int | float) else {}
+
+
+def test_a_rank_with_other_settings_is_named_before_anything_begins(shared):
+    assert "rank 1 has another settings than rank 0: nothing was begun" in shared.refusal
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_make_the_adapter_of_one(shared, name):
+    """Equal up to rounding, in how far every weight has gone and in all that was measured on the way."""
+    one, other = shared.alone[name], shared.together[name]
+    assert one.hash != other.hash  # or nothing was shared: sums of shares round in another order
+    expected, found = weights(one), weights(other)
+    assert expected.keys() == found.keys()
+    for place, value in expected.items():
+        assert np.abs(found[place] - value).max() <= 1e-4 * np.abs(value).max(), place
+    told, other_told = (numbers(artifact.metadata["metrics"]["training"]) for artifact in (one, other))
+    assert other_told == pytest.approx(told, rel=1e-3, abs=1e-4)
+    assert one.metadata["metrics"]["kept_step"] == other.metadata["metrics"]["kept_step"]
+    memory = other.metadata["metrics"]["memory"]
+    assert (memory["picked"]["micro_batches"] > 1) == (name == "normalised")
+    assert shared.took[name] <= memory["estimate_gb"]["total"] * GB
+
+
+def test_a_process_that_falls_silent_ends_the_other_and_one_left_alone_ends_itself(shared):
+    assert shared.gave_up.code == 2
+    assert "no word from another process" in shared.gave_up.complaint
+    assert "give the same command again" in shared.gave_up.complaint
+    assert shared.left_alone.code == 2
+    said = json.loads(shared.left_alone.printed[-1])
+    assert "another process of this run has ended" in said and "give the same command again" in said
+    assert shared.whole_then
+
+
+def test_a_killed_rank_ends_the_command_with_a_message_and_leaves_nothing_half_written(shared):
+    assert shared.killed.code == 2
+    assert "hominem: a rank failed, so all were stopped" in shared.killed.complaint
+    assert shared.whole_after_the_kill
+
+
+def test_the_same_command_ends_where_it_would_have_and_one_rank_prints(shared):
+    assert shared.resumed.code == 0, shared.resumed.complaint
+    assert "\n".join(shared.resumed.printed).count("is trained, not in use yet") == 1
+    assert json.loads(shared.told.read_text())["artifact"] == shared.together["straight"].ref  # bit for bit
 
 
 @pytest.mark.parametrize(

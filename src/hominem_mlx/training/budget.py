@@ -19,6 +19,7 @@ from hominem_mlx.training.logprobs import READ_AT_ONCE
 from hominem_mlx.training.parallel import ALONE, Ranks
 from hominem_mlx.training.rows import Order, Parts, Row, by_prompt
 
+NOTHING = Load(0, 0, 0, 0, ())
 HALVINGS = 4  # of the chunks of logits: with fewer tokens at once, products lose their speed
 
 
@@ -117,7 +118,7 @@ class Budget:
             loads, read = self._loads(place, picks.micro_batches, not picks.checkpoints)
             found += [
                 self.costs.step(load, picks, teaches=lessons.teaches, words=lessons.words, beside=read)
-                for load in loads
+                for load in loads or [NOTHING]  # a rank may have no row of any batch
             ]
         return max(found, key=TOTAL)
 

@@ -86,7 +86,8 @@ class Ranks:
         """
         places = self.share(np.arange(count))
         numbers = np.zeros(count, np.float32)
-        numbers[places] = compute(places)
+        if len(places):
+            numbers[places] = compute(places)
         if self.size == 1:
             return numbers
         return np.array(self._meet(mx.distributed.all_sum, mx.array(numbers)))

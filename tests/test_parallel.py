@@ -1,6 +1,7 @@
 """Several processes train one adapter: the same as one process would make, and none goes on without the others."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ JOBS = {
     "alternate": (*SETTINGS, "dual.blend=alternate", "dual.preference_targets=head", "dual.head_rank=1"),
     "straight": (*SETTINGS, "dual.epochs=4", "dual.eval_every=6", "dual.save_every=2"),
 }
-LESS_MEMORY = 0.3  # of what one process takes: then rank 0 cuts its share of a batch into parts
+LESS_MEMORY = 0.6  # of what one process takes: then rank 0 has to compute otherwise than rank 1
 SECONDS = 100  # after which a process that should have ended is ended by the test
 REPLIES = ["kind and rather long.", "short", "a rude answer!", "so so"]
 CHILD = """
@@ -58,10 +59,10 @@ from hominem_mlx.training import parallel
 
 work = json.loads(sys.argv[1])
 ranks = parallel.join()
-ranks.patience = work["patience"][ranks.rank]
 registry, lm = Registry(work["home"]), backbone.load(work["base"])
 pairs = registry.get("dataset", work["pairs"])
 for settings in work["jobs"]:
+    ranks.patience = 5 if settings is work["jobs"][-1] and ranks.is_first else 100
     own = [word.removeprefix(f"rank {ranks.rank}: ") for word in settings]
     own = [word for word in own if not word.startswith("rank ")]
     learn = dual.train if ranks.is_first else dual.assist
@@ -123,27 +124,26 @@ def test_a_batch_is_cut_by_rank_and_then_into_micro_batches_by_each_for_itself()
         assert np.concatenate(mine).tolist() == stub(0, size).share(batch).tolist()
 
 
-@pytest.mark.parametrize("name", ["memory", "preference", "thumb", "anchor"])
 @pytest.mark.parametrize(("size", "micro_batches"), [(2, 1), (4, 1), (2, 2)])
-def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, name, size, micro_batches):
+def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, size, micro_batches):
     lm = tiny()
     material = Material(lm, load_config(overrides=[*SETTINGS, "dual.unsafe_pairs=npo"]).dual, None, None)
     channels = material.channels([*PAIRS, *UNSAFE], MEMORIES, thumbs=THUMBS)
-    channel = {each.name: each for each in channels}[name]
+    assert [channel.name for channel in channels] == ["memory", "preference", "thumb", "anchor"]
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
     for key, value in lora.adapter_parameters(lm.model).items():
         if key.endswith("lora_b"):
             lora.set_parameters(lm.model, {key: mx.full(value.shape, 0.05)})
 
-    def look(batch):
+    def look(channel, batch):
         (loss, measured), tree = nn.value_and_grad(lm.model, channel.loss)(batch)
         assert tuple(measured) == channel.measures
         parts = [loss, *measured.values(), *(value for _, value in tree_flatten(tree))]
         return np.concatenate([np.array(part, np.float64).reshape(-1) for part in parts])
 
-    for step in range(3):
+    for channel, step in itertools.product(channels, (0, 1)):
         material.parts.ranks, material.parts.micro_batches = ALONE, 1
-        whole = look(channel.batch_at(step))
+        whole = look(channel, channel.batch_at(step))
         total, weight, without = 0.0, 0.0, 0
         for rank in range(size):
             material.parts.ranks, material.parts.micro_batches = stub(rank, size), micro_batches
@@ -153,10 +153,10 @@ def test_shares_weighed_by_size_give_loss_and_gradient_of_the_whole_batch(tiny, 
                     without += 1
                     continue
                 own = channel.size(batch)
-                total, weight = total + own * look(batch), weight + own
+                total, weight = total + own * look(channel, batch), weight + own
         assert total / weight == pytest.approx(whole, rel=1e-4, abs=1e-6 * np.abs(whole).max())
         assert without >= size * micro_batches - 3  # batches of two and three rows
-    assert np.abs(whole).max() > 1e-3
+        assert np.abs(whole).max() > 1e-3
 
 
 def test_a_rank_without_a_row_has_nothing_to_add(tiny):
@@ -249,15 +249,17 @@ def shared(tiny_folder, tmp_path_factory) -> SimpleNamespace:
     jobs = [
         [*SETTINGS, "rank 1: dual.beta=0.2"],
         *([*settings, *([less_memory] if name == "normalised" else [])] for name, settings in JOBS.items()),
-        [*JOBS["straight"], "dual.epochs=100000"],
+        [*JOBS["straight"], "dual.epochs=500"],
     ]
     hosts = home / "ring.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
-    work = {"home": str(home), "base": found.base, "pairs": found.pairs.version, "jobs": jobs, "patience": [3, SECONDS]}
+    work = {"home": str(home), "base": found.base, "pairs": found.pairs.version, "jobs": jobs}
     command = [sys.executable, "-c", CHILD, json.dumps(work)]
     ring = ((command, {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}) for rank in range(2))
     with processes(*ring) as (first, other):
-        said = [json.loads(first.stdout.readline()) for _ in jobs[:-1]]
+        lines = [first.stdout.readline() for _ in jobs[:-1]]
+        assert lines[-1], f"{lines} {ended(first).complaint}"
+        said = [json.loads(line) for line in lines]
         found.refusal = said[0]
         made = dict(zip(JOBS, said[1:], strict=True))
         found.together = {name: registry.get("lora", version) for name, (version, _) in made.items()}
@@ -313,8 +315,8 @@ def test_two_processes_make_the_adapter_of_one(shared, name):
     told, other_told = (numbers(artifact.metadata["metrics"]["training"]) for artifact in (one, other))
     assert other_told == pytest.approx(told, rel=1e-3, abs=1e-4)
     assert one.metadata["metrics"]["kept_step"] == other.metadata["metrics"]["kept_step"]
-    memory = other.metadata["metrics"]["memory"]
-    assert (memory["picked"]["micro_batches"] > 1) == (name == "normalised")
+    usual, memory = (artifact.metadata["metrics"]["memory"] for artifact in (one, other))
+    assert (memory["picked"] != usual["picked"]) == (name == "normalised")
     assert shared.took[name] <= memory["estimate_gb"]["total"] * GB
 
 

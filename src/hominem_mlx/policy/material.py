@@ -19,7 +19,7 @@ from hominem_mlx.policy.thumbs import ThumbBatch, Thumbs, learnable_thumbs
 from hominem_mlx.records import Preference, SftPair, Thumb, Turn
 from hominem_mlx.training import blend, footprint
 from hominem_mlx.training.budget import Budget, Fit, Lessons, read_at_once, reading
-from hominem_mlx.training.costs import TOTAL, Costs, Picks, shown
+from hominem_mlx.training.costs import AHEAD_HELD, TOTAL, Costs, Picks, shown
 from hominem_mlx.training.directions import strongest_directions
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import Channel, Plan
@@ -42,7 +42,8 @@ class Material:
     Args:
         lm: the base, which is also the reference; its adapter is attached when the channels are made.
         system: what every prompt begins with.
-        limit: bytes of memory that training may take; None: it is done as configured, whatever it takes.
+        limit: bytes of memory that training may take, inside `budget.memory_limit`; None: it is done as configured,
+            whatever it takes.
         ranks: who shares the work.
 
     Attributes:
@@ -244,7 +245,8 @@ class Material:
         """
         limit, there, settings, logprobs = self.limit, footprint.there_is(), self.settings, self.logprobs
         gradients = len(lessons) * (2 if settings.blend == "normalised" else 1)
-        self.costs = Costs(logprobs, self.shape, self.keys, gradients=gradients, met=self.ranks.size > 1)
+        met, held = self.ranks.size > 1, limit is not None
+        self.costs = Costs(logprobs, self.shape, self.keys, gradients=gradients, met=met, held=held)
         budget = Budget(self.costs, lessons, self.ranks)
         configured = Picks(logprobs.logits_bytes, logprobs.checkpoints)
         if limit is None:
@@ -267,6 +269,8 @@ class Material:
         }
         note = ""
         if limit is not None:
+            beyond = fit.estimate.logits * (1 - 1 / AHEAD_HELD)  # which MLX makes in spite of its limit
+            mx.set_memory_limit(fit.estimate.total - int(beyond))
             note = fit.told(configured, self.lm.num_layers)
         elif not fit.fits:
             note = f"{fit.estimate} may be needed, and this machine has {shown(there)}: --memory-gb 0 computes it so "

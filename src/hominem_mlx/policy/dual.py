@@ -153,9 +153,11 @@ def _learnt(
     with lora.loaded(lm, under.folder if under else None), memory_limit(settings.memory_gb) as limit:
         material = Material(lm, settings, task.config.student.system, progress, limit, ranks)
         mx.reset_peak_memory()
-        given = (task.preferences, task.memories, task.anchors, task.thumbs)
-        channels = material.channels(*map(material.spoken, given))
-        validate = validation(material, material.spoken(task.held_back))
+        spoken = material.spoken
+        preferences, held_back = spoken(task.preferences), spoken(task.held_back)
+        memories, anchors, thumbs = spoken(task.memories), spoken(task.anchors), spoken(task.thumbs)
+        channels = material.channels(preferences, memories, anchors, thumbs)
+        validate = validation(material, held_back)
         directions = material.head_directions()
         lora.attach(lm, material.shape, seed=settings.seed, keys=material.keys, on_top=under is not None)
         if directions is not None:  # another machine's may have other signs

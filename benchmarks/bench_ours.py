@@ -103,7 +103,7 @@ class Blended(_Step):
         self.reference = mx.array(reference_logprobs(self.logprobs, self.rows))
 
     def loss(self, batch) -> mx.array:
-        """Mean over pairs of both terms, as `policy/dual.py` adds them up with every weight 1."""
+        """Mean over pairs of both terms, as `policy/pairs.py` adds them up with every weight 1."""
         n = self.lengths.shape[0]
         logp = self.logprobs(batch)
         gained = logp - self.reference

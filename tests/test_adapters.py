@@ -19,6 +19,7 @@ from hominem_mlx.files import read_json, write_json, write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.models.merge import merge, truncate
 from hominem_mlx.policy import dual
+from hominem_mlx.policy.material import Material
 from hominem_mlx.records import Preference, SftPair
 from hominem_mlx.training.logprobs import LogProbs
 from hominem_mlx.training.rows import Row, collate
@@ -355,7 +356,7 @@ def test_training_on_top_of_an_adapter_leaves_it_alone_and_is_measured_against_i
     assert lm.adapters == [] and np.array_equal(logits(lm), before)
     assert len(list(registry.home.glob("locks/dual-*.lock"))) == 2  # two runs, that cannot go on from each other
     lora.load_adapter(lm, slow.folder)
-    material = dual.Material(lm, config.dual, None, None)
+    material = Material(lm, config.dual, None, None)
     channels = {channel.name: channel for channel in material.channels(PAIRS, MEMORIES)}
     lora.attach(lm, FAST, seed=0, keys=lora.targets(lm, linear=True, head=False), on_top=True)
     for name, key in (("preference", "displacement"), ("anchor", None)):  # nothing has moved from base and slow

@@ -11,8 +11,10 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx.config import DualConfig
 from hominem_mlx.evaluation.goals import goals, holds
-from hominem_mlx.policy import dual
+from hominem_mlx.policy.pairs import PairBatch, Pairs
 from hominem_mlx.training import logprobs
+from hominem_mlx.training.logprobs import LogProbs
+from hominem_mlx.training.rows import Parts
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -98,12 +100,13 @@ def test_a_worker_steps_in_its_own_process_and_a_missing_neighbour_is_named():
 def test_the_measured_step_is_that_of_the_recipe(small):
     """Same loss as the recipe's preference channel with every weight 1, on the same rows."""
     step = bench_ours.Blended(TINY, bench_models.make_pairs(TINY.vocab, 24, 8, 3))
-    material = dual.Material(step.lm, DualConfig(beta=bench_models.BETA, nll_weight=1.0), None, None)
+    settings = DualConfig(beta=bench_models.BETA, nll_weight=1.0)
+    recipe = Pairs(LogProbs(step.lm), settings, [], np.zeros(0), [], np.zeros((2, 0), int), Parts())
     ones = mx.ones(3)
-    rows = material.logprobs.collate(step.rows)
+    rows = recipe.logprobs.collate(step.rows)
     learnt = mx.zeros(3, mx.bool_)
-    batch = dual.PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt)
-    assert material._pair_loss(batch)[0].item() == pytest.approx(step.loss(batch.rows).item(), rel=1e-6)
+    batch = PairBatch(rows, step.reference, mx.arange(3), mx.arange(3) + 3, ones, ones, ones, learnt, 3)
+    assert recipe.loss(batch)[0].item() == pytest.approx(step.loss(batch.rows).item(), rel=1e-6)
 
 
 def test_naive_losses_by_hand():

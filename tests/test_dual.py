@@ -16,13 +16,18 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx.config import DualConfig, load_config
 from hominem_mlx.errors import BusyError, TrainingError
-from hominem_mlx.files import lock, write_jsonl
+from hominem_mlx.files import lock, sha256_json, write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
+from hominem_mlx.policy.held_back import best_look
+from hominem_mlx.policy.material import Material
+from hominem_mlx.policy.pairs import gated, swap
 from hominem_mlx.records import Preference, SftPair
 from hominem_mlx.training import loop
-from hominem_mlx.training.logprobs import reference_logprobs
+from hominem_mlx.training.directions import HEAD_GAIN
+from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import METRICS
+from hominem_mlx.training.rows import Order, Row
 from hominem_mlx.training.sketch import SKETCHES, read_sketches, sketch
 
 FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_memories=2"]
@@ -59,7 +64,7 @@ def weights(artifact):
 
 def test_the_first_preference_loss_is_log_two_plus_the_likelihood_term(registry, dataset, tiny):
     lm = tiny()
-    material = dual.Material(lm, load_config(overrides=FAST).dual, None, None)
+    material = Material(lm, load_config(overrides=FAST).dual, None, None)
     _, channel = material.channels([pair(0), pair(1)], [])
     loss, measured = channel.loss(channel.batch_at(0))
     batch = channel.batch_at(0)
@@ -72,7 +77,7 @@ def test_the_first_preference_loss_is_log_two_plus_the_likelihood_term(registry,
 def test_the_first_preference_loss_is_log_two_in_bfloat16_too(tiny, dtype):
     lm = tiny()
     lm.model.set_dtype(dtype)
-    material = dual.Material(lm, load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
+    material = Material(lm, load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
     pairs = [
         pair(i, prompt=f"which of {'many ' * (i % 5)}?", chosen="yes " * (1 + 3 * i), rejected="no " * (20 - i))
         for i in range(20)
@@ -124,13 +129,13 @@ def test_every_loss_reaches_the_recipe_with_its_numbers(tiny, name):
         pair(i, prompt="which?", chosen=a, rejected=b, target=0.7 + 0.1 * i, score_margin=(None, 0.4, 1.7)[i])
         for i, (a, b) in enumerate(SIDES)
     ]
-    material = dual.Material(lm, settings, None, None)
+    material = Material(lm, settings, None, None)
     _, channel = material.channels(pairs, [])
     replies = sorted({reply for sides in SIDES for reply in sides})
     tokens = {reply: len(lm.response_tokens(reply)) for reply in replies}
 
     def logps():
-        rows = [dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply)) for reply in replies]
+        rows = [Row(lm.prompt_tokens("which?"), lm.response_tokens(reply)) for reply in replies]
         return {reply: material.logprobs(material.logprobs.collate([row])).item() for reply, row in zip(replies, rows)}
 
     base = logps()
@@ -147,7 +152,7 @@ def test_every_loss_reaches_the_recipe_with_its_numbers(tiny, name):
 def test_odpo_without_any_score_says_where_scores_come_from(tiny):
     settings = load_config(overrides=[*FAST, "dual.loss=odpo"]).dual
     with pytest.raises(TrainingError, match=r"none of 4 preference pairs has one above 0.*hominem data pair"):
-        dual.Material(tiny(), settings, None, None).channels(PAIRS, [])
+        Material(tiny(), settings, None, None).channels(PAIRS, [])
 
 
 def test_pairs_unsafe_on_both_sides_are_left_out_or_both_made_less_likely(registry, dataset, tiny):
@@ -160,18 +165,18 @@ def test_pairs_unsafe_on_both_sides_are_left_out_or_both_made_less_likely(regist
     assert unlearnt.metadata["metrics"]["preferences"] == {"given": 6, "refused_by_gate": 0, "unlearnt": 2}
     alone = train(registry, dataset(unsafe, [], valid=unsafe), lm, "dual.epochs=8", "dual.unsafe_pairs=npo")
     rows = [
-        dual.Row(lm.prompt_tokens(each.prompt), lm.response_tokens(reply))
+        Row(lm.prompt_tokens(each.prompt), lm.response_tokens(reply))
         for each in unsafe
         for reply in (each.chosen, each.rejected)
     ]
     adapted = backbone.load(str(lm.folder), adapter=alone.folder)
-    before, after = (np.array(dual.reference_logprobs(dual.LogProbs(model), rows)) for model in (lm, adapted))
+    before, after = (np.array(reference_logprobs(LogProbs(model), rows)) for model in (lm, adapted))
     assert (after < before).all()
 
 
 def test_an_unsafe_pair_is_unlearnt_at_a_tenth_and_is_no_part_of_what_is_measured(tiny):
     settings = load_config(overrides=[*FAST, "dual.unsafe_pairs=npo", "dual.nll_weight=0.5"]).dual
-    material = dual.Material(tiny(), settings, None, None)
+    material = Material(tiny(), settings, None, None)
     _, channel = material.channels([pair(7, safety_score=-0.6, rejected_safety_score=-0.9)], [])
     loss, measured = channel.loss(channel.batch_at(0))
     # both sides at the reference: 0.1 / 2 * 2 * (2 / 0.1) * log 2, no likelihood term
@@ -189,7 +194,7 @@ def test_an_unsafe_pair_is_unlearnt_at_a_tenth_and_is_no_part_of_what_is_measure
 
 def test_few_rows_weigh_less_and_the_weights_stand_in_the_metadata(tiny):
     settings = load_config(overrides=[*FAST, "dual.ideal_memories=12", "dual.ideal_pairs=4"]).dual
-    material = dual.Material(tiny(), settings, None, None)
+    material = Material(tiny(), settings, None, None)
     material.channels(PAIRS, MEMORIES)
     # 3 of 12 memories: 0.4 * sqrt(1/4) = 0.2 against 0.6
     assert material.counts["weights"] == pytest.approx({"memory": 0.25, "preference": 0.75})
@@ -221,8 +226,8 @@ def test_training_prefers_the_chosen_remembers_and_leaves_the_base_bit_identical
     assert 0 < training["channels"]["memory"]["share_of_update"] < 1
     assert artifact.metadata["config"]["base"] == lm.hash
     adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
-    logprobs = dual.LogProbs(lm), dual.LogProbs(adapted)
-    row = dual.LogProbs(lm).collate([dual.Row(lm.prompt_tokens("what is 1?"), lm.response_tokens("thing 1"))])
+    logprobs = LogProbs(lm), LogProbs(adapted)
+    row = LogProbs(lm).collate([Row(lm.prompt_tokens("what is 1?"), lm.response_tokens("thing 1"))])
     assert logprobs[1](row).item() > logprobs[0](row).item() + 1
 
 
@@ -230,7 +235,7 @@ def test_a_memory_with_a_history_is_learnt_as_a_chat_would_ask_for_it(tiny):
     lm = tiny()
     history = [{"role": "user", "content": "my dog is Rex"}, {"role": "assistant", "content": "a fine name"}]
     memory = SftPair(instruction="what is he called?", response="Rex", history=history)
-    material = dual.Material(lm, load_config(overrides=FAST).dual, "Be kind.", None)
+    material = Material(lm, load_config(overrides=FAST).dual, "Be kind.", None)
     channel, _ = material.channels([], [memory])
     rows = channel.batch_at(0).rows
     said = [{"role": "system", "content": "Be kind."}, *history, {"role": "user", "content": "what is he called?"}]
@@ -300,29 +305,27 @@ def test_a_channel_of_weight_zero_is_as_if_it_had_no_rows(registry, dataset, tin
 
 def test_an_anchor_keeps_memories_from_moving_other_replies(registry, dataset, tiny):
     lm, moved = tiny(), {}
-    rows = dual.LogProbs(lm).collate(
-        [dual.Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS]
-    )
-    base = np.array(dual.LogProbs(lm).hidden(rows))
+    rows = LogProbs(lm).collate([Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS])
+    base = np.array(LogProbs(lm).hidden(rows))
     for weight in (0, 50):
         values = ["dual.epochs=12", "dual.preference_targets=head", f"dual.anchor_weight={weight}"]
         artifact = train(registry, dataset(), lm, *values)
         adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
-        moved[weight] = np.square(np.array(dual.LogProbs(adapted).hidden(rows)) - base).mean()
+        moved[weight] = np.square(np.array(LogProbs(adapted).hidden(rows)) - base).mean()
     assert 0 < moved[50] < 0.5 * moved[0]
 
 
 def test_the_anchor_is_the_share_of_the_squared_state_that_moved(tiny):
     settings = load_config(overrides=[*FAST, "dual.anchor_weight=1"]).dual
     lm = tiny()
-    channels = {channel.name: channel for channel in dual.Material(lm, settings, None, None).channels(PAIRS, MEMORIES)}
+    channels = {channel.name: channel for channel in Material(lm, settings, None, None).channels(PAIRS, MEMORIES)}
     batch = channels["anchor"].batch_at(0)
     assert channels["anchor"].loss(batch)[0].item() == pytest.approx(0, abs=1e-10)
     lora.attach(lm, lora.Shape(2, 2.0), seed=0)
     for name, value in lora.adapter_parameters(lm.model).items():
         if name.endswith("lora_b"):
             lora.set_parameters(lm.model, {name: mx.full(value.shape, 0.05)})
-    states, base = np.array(dual.LogProbs(lm).hidden(batch.rows)), np.array(batch.base)
+    states, base = np.array(LogProbs(lm).hidden(batch.rows)), np.array(batch.base)
     expected = ((states - base) ** 2).sum() / (base**2).sum()
     assert channels["anchor"].loss(batch)[0].item() == pytest.approx(expected, rel=1e-4) and expected > 1e-4
 
@@ -332,12 +335,12 @@ def test_the_output_layer_reads_only_the_strongest_directions(registry, dataset,
     lm = tiny()
     aimed = ["dual.rank=4", "dual.preference_targets=head", f"dual.head_rank={head_rank}"]
     settings = load_config(overrides=[*FAST, *aimed]).dual
-    material = dual.Material(lm, settings, None, None)
+    material = Material(lm, settings, None, None)
     material.channels(PAIRS, MEMORIES)
     directions = np.array(material.head_directions())
-    hidden = np.array(material.logprobs.hidden(dual.LogProbs(lm).collate(material.valued_rows)))
+    hidden = np.array(material.logprobs.hidden(LogProbs(lm).collate(material.valued_rows)))
     readings = hidden @ directions.T
-    assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(dual.HEAD_GAIN, rel=1e-3)
+    assert np.sqrt((readings**2).mean(axis=0)) == pytest.approx(HEAD_GAIN, rel=1e-3)
     _, vectors = np.linalg.eigh(hidden.T @ hidden)  # a second way to the same axes
     for found, wanted in zip(directions, vectors.T[::-1]):
         assert abs(found @ wanted) == pytest.approx(np.linalg.norm(found), rel=1e-3)
@@ -355,19 +358,19 @@ def test_memories_alone_need_no_direction(registry, dataset, tiny):
 
 def test_swapping_twice_gives_the_pair_back():
     one = pair(1, safety_score=-0.8, rejected_safety_score=0.7, chosen_score=0.2, rejected_score=0.1, score_margin=0.1)
-    assert dual.swap(dual.swap(one)) == one
+    assert swap(swap(one)) == one
 
 
-def test_a_clearly_unsafe_choice_is_turned_round_only_when_allowed(tiny):
+def test_a_clearly_unsafe_choice_is_turned_round_only_when_allowed():
     unsafe = pair(1, safety_score=-0.8, rejected_safety_score=0.7)
-    for allowed, expected in (("false", []), ("true", [dual.swap(unsafe)])):
+    for allowed, expected in (("false", []), ("true", [swap(unsafe)])):
         settings = load_config(overrides=[*FAST, f"dual.allow_swap={allowed}"]).dual
-        pairs, gates = dual.Material(tiny(), settings, None, None).gated([unsafe])
+        pairs, gates = gated([unsafe], settings)
         assert pairs == expected and gates.tolist() == [0.5] * len(expected)
 
 
 def test_intensity_weighs_pairs_against_each_other_but_not_the_whole_batch_away(tiny):
-    material = dual.Material(tiny(), load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
+    material = Material(tiny(), load_config(overrides=[*FAST, "dual.nll_weight=0.0"]).dual, None, None)
     _, channel = material.channels([pair(0, reward_intensity=0.2), pair(1, reward_intensity=0.6)], [])
     batch = channel.batch_at(0)
     assert sorted(batch.weight.tolist()) == pytest.approx([0.5, 1.5])  # 0.2 / 0.4 and 0.6 / 0.4
@@ -375,14 +378,14 @@ def test_intensity_weighs_pairs_against_each_other_but_not_the_whole_batch_away(
 
 
 def test_order_is_without_replacement_and_differs_between_epochs():
-    order = dual.Order(7, 3, seed=1)
+    order = Order(7, 3, seed=1)
     epochs = [np.concatenate([order.batch(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(7)) and epochs[0] != epochs[1]
 
 
 def test_rows_of_a_group_stand_together_in_an_order():
     groups = list("abacbbca")
-    order = dual.Order(8, 3, seed=3, groups=groups)
+    order = Order(8, 3, seed=3, groups=groups)
     epochs = [np.concatenate([order.batch(3 * epoch + i) for i in range(3)]).tolist() for epoch in range(8)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     turns = {"".join(groups[row] for row in epoch) for epoch in epochs}
@@ -395,7 +398,7 @@ def test_a_reply_that_several_pairs_share_is_computed_once_and_gives_the_loss_of
         pair(i, prompt="which?", chosen=f"reply {a}", rejected=f"reply {b}", reward_intensity=0.3 + 0.1 * i)
         for i, (a, b) in enumerate([(3, 2), (3, 1), (3, 0), (2, 1), (2, 0), (1, 0)])
     ]
-    material = dual.Material(lm, settings, None, None)
+    material = Material(lm, settings, None, None)
     _, channel = material.channels(pairs, [])
     batch = channel.batch_at(0)
     assert len(batch.rows.lengths) == 4 and batch.target.shape == (6,)
@@ -406,7 +409,7 @@ def test_a_reply_that_several_pairs_share_is_computed_once_and_gives_the_loss_of
 
     def logp(reply):
         return material.logprobs(
-            dual.LogProbs(lm).collate([dual.Row(lm.prompt_tokens("which?"), lm.response_tokens(reply))])
+            LogProbs(lm).collate([Row(lm.prompt_tokens("which?"), lm.response_tokens(reply))])
         ).item()
 
     now = {f"reply {i}": logp(f"reply {i}") for i in range(4)}
@@ -426,14 +429,15 @@ def test_a_batch_holds_whole_prompts_and_each_of_their_replies_once(tiny):
     sides = [("a", 1, 2), ("b", 1, 2), ("a", 2, 3), ("b", 2, 3), ("a", 1, 3), ("b", 1, 3)]
     pairs = [pair(i, prompt=p, chosen=f"{c}", rejected=f"{r}") for i, (p, c, r) in enumerate(sides)]
     settings = load_config(overrides=[*FAST, "dual.batch_pairs=3"]).dual
-    _, channel = dual.Material(tiny(), settings, None, None).channels(pairs, [])
+    _, channel = Material(tiny(), settings, None, None).channels(pairs, [])
     assert [len(channel.batch_at(step).rows.lengths) for step in range(4)] == [3, 3, 3, 3]
 
 
 def test_two_runs_of_one_kind_do_not_meet(registry, dataset, tiny):
     data, lm, config = dataset(), tiny(), load_config(overrides=FAST)
-    resolved = {"dual": config.dual.model_dump(mode="json"), "system": None, "base": lm.hash, "recipe": dual.RECIPE}
-    name = f"dual-{dual.sha256_json([data.hash, resolved])[:16]}"
+    settings = config.dual.model_dump(mode="json", exclude={"memory_gb"})
+    resolved = {"dual": settings, "system": None, "base": lm.hash, "recipe": dual.RECIPE}
+    name = f"dual-{sha256_json([data.hash, resolved])[:16]}"
     with (
         lock(registry.home / "locks" / f"{name}.lock", "a test"),
         pytest.raises(BusyError, match=r"held by process \d+ \(a test\)"),
@@ -447,10 +451,10 @@ def test_validation_pairs_are_sketched_at_the_end_when_asked_for(registry, datas
     found = read_sketches(artifact.folder)
     assert found.pairs.tolist() == [0, 2] and found.gradients.shape == (2, 4096)
     assert SKETCHES in artifact.metadata["files"] and not lora.adapter_parameters(lm.model)
-    adapted = dual.LogProbs(backbone.load(str(lm.folder), adapter=artifact.folder))
-    rows = [dual.Row(lm.prompt_tokens(PAIRS[2].prompt), lm.response_tokens(PAIRS[2].chosen))]
-    rows.append(dual.Row(rows[0].prompt, lm.response_tokens(PAIRS[2].rejected)))
-    reference = mx.array(reference_logprobs(dual.LogProbs(lm), rows))
+    adapted = LogProbs(backbone.load(str(lm.folder), adapter=artifact.folder))
+    rows = [Row(lm.prompt_tokens(PAIRS[2].prompt), lm.response_tokens(PAIRS[2].chosen))]
+    rows.append(Row(rows[0].prompt, lm.response_tokens(PAIRS[2].rejected)))
+    reference = mx.array(reference_logprobs(LogProbs(lm), rows))
 
     def margin():
         gained = adapted(adapted.collate(rows)) - reference
@@ -487,7 +491,7 @@ def a_look(step, accuracy, displacement):
     ],
 )
 def test_the_best_look_orders_most_pairs_and_makes_their_chosen_replies_likeliest(looks, best):
-    assert dual.best_look([a_look(step, *each) for step, each in enumerate(looks, 1)])["step"] == best
+    assert best_look([a_look(step, *each) for step, each in enumerate(looks, 1)])["step"] == best
 
 
 # most in order after step 3; step 4 is as good by order, and its chosen replies gained less
@@ -500,10 +504,10 @@ def course(monkeypatch):
     """Plants what the looks at the validation part find, by step."""
 
     def plant(values):
-        def validation(self, preferences):
+        def validation(material, preferences):
             return lambda step: dict(zip(("valid_accuracy", "valid_displacement"), values.get(step, (0.5, 0.0))))
 
-        monkeypatch.setattr(dual.Material, "validation", validation)
+        monkeypatch.setattr(dual, "validation", validation)
 
     return plant
 

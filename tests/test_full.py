@@ -25,7 +25,7 @@ from hominem_mlx.policy.memories import Memories
 from hominem_mlx.records import Preference, SftPair
 from hominem_mlx.training import footprint, loop
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Row, collate, to_row
+from hominem_mlx.training.rows import Parts, Row, collate, to_row
 
 FAST = ["full.learning_rate=3e-3", "full.epochs=2", "full.accumulate=4", "full.log_every=1", "full.save_every=2"]
 MEMORIES = [
@@ -189,11 +189,12 @@ def test_accumulated_micro_batches_are_one_big_batch(tiny, at_once):
     lm.model.unfreeze()
     rows, weight = memory_rows(lm)[:6], np.linspace(0.3, 1, 6).astype(np.float32)
     assert len({len(row.response) for row in rows}) > 1
-    lessons = Memories(LogProbs(lm), rows, weight, batch=at_once, seed=0)
-    whole = Memories(LogProbs(lm), rows, weight, batch=6, seed=0)
+    lessons = Memories(LogProbs(lm), rows, weight, Parts(), batch=at_once, seed=0)
+    whole = Memories(LogProbs(lm), rows, weight, Parts(), batch=6, seed=0)
     value_and_grad = nn.value_and_grad(lm.model, lessons.loss)
     channel = loop.Channel("memory", 1.0, lessons.batch_at, lessons.loss, size=lessons.size)
-    loss, _, gradient = loop._lesson(channel, value_and_grad, 0, 0.7, 6 // at_once)
+    (loss, _, gradient), size = loop._lesson(channel, value_and_grad, 0, 0.7, 6 // at_once)
+    assert size == sum(len(row.response) for row in rows)
     (wanted_loss, _), tree = value_and_grad(whole.batch_at(0))
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-5)
     for name, wanted in tree_flatten(tree):
@@ -207,9 +208,9 @@ def test_micro_batches_count_by_their_size_and_those_without_a_lesson_do_not():
     channel = loop.Channel(
         "x", 1.0, said.get, lambda b: (b[0] * layer.weight.sum(), {"y": mx.array(b[0])}), size=lambda b: b[1]
     )
-    loss, measured, gradient = loop._lesson(channel, nn.value_and_grad(layer, channel.loss), 0, 1.0, 3)
+    (loss, measured, gradient), _ = loop._lesson(channel, nn.value_and_grad(layer, channel.loss), 0, 1.0, 3)
     assert (loss.item(), measured["y"].item(), gradient["weight"].item()) == (4.0, 2.0, 2.0)  # (3 * 1 + 1 * 5) / 4
-    assert loop._lesson(channel, nn.value_and_grad(layer, channel.loss), 1, 1.0, 3) is None
+    assert loop._lesson(channel, nn.value_and_grad(layer, channel.loss), 1, 1.0, 3) == (None, 0)
 
 
 def test_training_by_micro_batches_ends_where_training_by_big_ones_does(registry, dataset, tiny):

@@ -9,7 +9,9 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual, thumbs
+from hominem_mlx.policy.material import Material
 from hominem_mlx.records import Preference, SftPair, Thumb
+from hominem_mlx.training.logprobs import LogProbs
 from hominem_mlx.training.rows import Row
 
 FAST = ["dual.epochs=2", "dual.learning_rate=0.01", "dual.rank=2", "dual.batch_pairs=2", "dual.batch_thumbs=8"]
@@ -46,11 +48,11 @@ def weights(artifact):
 
 
 def material(lm, *overrides):
-    return dual.Material(lm, load_config(overrides=[*FAST, *overrides]).dual, None, None)
+    return Material(lm, load_config(overrides=[*FAST, *overrides]).dual, None, None)
 
 
 def logps(lm, rows):
-    logprobs = dual.LogProbs(lm)
+    logprobs = LogProbs(lm)
     return np.array([logprobs(logprobs.collate([row])).item() for row in rows])
 
 

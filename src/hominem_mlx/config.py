@@ -140,7 +140,33 @@ class RewardConfig(Section):
     """Seed of folds and bootstrap."""
 
 
-class DualConfig(Section):
+class AdapterConfig(Section):
+    """What all ways to train an adapter have in common."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    """Rank of the adapter."""
+    scale: Positive = 2.0
+    """Scale of the adapter (alpha / rank in PEFT's words)."""
+    num_layers: int = -1
+    """Blocks, counted from the last, that get an adapter; -1 is all."""
+    head_rank: Annotated[int, Field(ge=0, le=512)] = 0
+    """How many directions of its input the output layer may read, the strongest first; 0 leaves it free. With 1 it
+    weighs words, which is learnt from little, and cannot learn replies by heart."""
+    learning_rate: Positive = 1e-5
+    """Peak learning rate."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Linear warm-up; then cosine to a tenth."""
+    clip_norm: Positive = 1.0
+    """Gradient clipping by global norm."""
+    safety_low: Signed = -0.2
+    """Nothing is learnt from a text this unsafe: the gate is shut."""
+    safety_high: Signed = 0.2
+    """From a text this safe all is: the gate is open; between, in proportion."""
+    seed: int = 0
+    """Seed of initialisation, order and every draw."""
+
+
+class DualConfig(AdapterConfig):
     """The adapter: memory channel (SFT) and preference channel (soft DPO + NLL) in one recipe."""
 
     memory_weight: Share = 0.4
@@ -180,29 +206,14 @@ class DualConfig(Section):
     kind: Literal["lora", "dora"] = "lora"
     """`lora`, or `dora`, which also learns the length of every row of a matrix: slower, and no other adapter can be
     merged with it."""
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """Rank of the adapter."""
-    scale: Positive = 2.0
-    """Scale of the adapter (alpha / rank in PEFT's words)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter."""
-    num_layers: int = -1
-    """Blocks, counted from the last, that get an adapter; -1 is all."""
     memory_targets: Literal["linear", "head", "all"] = "linear"
     """What memories may move: the linear layers of the blocks, the output layer, or all of them."""
     preference_targets: Literal["linear", "head", "all"] = "linear"
     """What preferences may move. Apart from memory's, the two channels cannot disturb each other."""
-    head_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """How many directions of its input the output layer may read, the strongest first; 0 leaves it free. With 1 it
-    weighs words and cannot learn replies by heart."""
-    learning_rate: Positive = 1e-5
-    """Peak learning rate."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Linear warm-up; then cosine to a tenth."""
     weight_decay: NonNegative = 0.0
     """AdamW decay of the adapter."""
-    clip_norm: Positive = 1.0
-    """Gradient clipping by global norm."""
     epochs: Count = 2
     """Passes over each channel's rows, without replacement; the shorter channel is repeated to keep step."""
     batch_pairs: Count = 16
@@ -218,6 +229,9 @@ class DualConfig(Section):
     checkpoint: Share = 0.0
     """Share of the blocks computed a second time for their gradient: 1 takes a quarter of the memory and half as much
     time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
+    memory_gb: NonNegative | None = None
+    """Most memory that training may take, in GB (1e9 bytes); 0: what this machine has. Chunks of logits, checkpoints
+    and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     probes: Annotated[int, Field(ge=0)] = 8
@@ -232,10 +246,6 @@ class DualConfig(Section):
     """Steps between resumable checkpoints."""
     max_displacement: NonNegative = 0.5
     """Stop when the chosen replies have lost more than this many nats a token against the reference; 0: never."""
-    safety_low: Signed = -0.2
-    """Below: the gate is shut."""
-    safety_high: Signed = 0.2
-    """Above: the gate is open."""
     allow_swap: bool = False
     """Turn a pair around when the chosen side is clearly unsafe and the other is safe."""
     unsafe_pairs: Literal["drop", "npo"] = "drop"
@@ -243,8 +253,6 @@ class DualConfig(Section):
     weight."""
     sketch_pairs: Annotated[int, Field(ge=0)] = 0
     """Validation pairs whose gradients at the end are kept, sketched, beside the adapter (`sketches.safetensors`)."""
-    seed: int = 0
-    """Seed of initialisation and order."""
 
     @model_validator(mode="after")
     def _fit_together(self):
@@ -288,7 +296,7 @@ class FullConfig(Section):
     """Seed of order and of rounding to the base's precision."""
 
 
-class RlConfig(Section):
+class RlConfig(AdapterConfig):
     """The adapter, by reinforcement: the student answers training prompts, the reward model judges."""
 
     method: Literal["rloo", "dpo"] = "rloo"
@@ -317,23 +325,8 @@ class RlConfig(Section):
     """What a standard deviation of doubt in the reward costs."""
     length_weight: NonNegative = 0.5
     """What an answer of twice the base's mean length costs."""
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
-    """LoRA rank."""
-    scale: Positive = 2.0
-    """LoRA scale (alpha / rank in PEFT's words)."""
-    num_layers: int = -1
-    """Blocks, counted from the last, that get an adapter; -1 is all."""
     targets: Literal["linear", "head", "all"] = "linear"
     """What may move: the linear layers of the blocks, the output layer, or all of them."""
-    head_rank: Annotated[int, Field(ge=0, le=512)] = 0
-    """How many directions of its input the output layer may read, the strongest first; 0 leaves it free. With 1 it
-    weighs words, which few answers suffice to learn."""
-    learning_rate: Positive = 1e-5
-    """Peak learning rate."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Linear warm-up; then cosine to a tenth."""
-    clip_norm: Positive = 1.0
-    """Gradient clipping by global norm."""
     eval_every: Count = 10
     """Steps between looks by the guards."""
     save_every: Count = 10
@@ -349,12 +342,6 @@ class RlConfig(Section):
     max_strange: Share = 0.05
     """Guard: share of answers on which the reward model is less sure than on 99 % of the base's; it speaks when a look
     finds more, by over a standard error."""
-    safety_low: Signed = -0.2
-    """An answer this unsafe is never reinforced."""
-    safety_high: Signed = 0.2
-    """One this safe always may be; between, in proportion."""
-    seed: int = 0
-    """Seed of initialisation, order and answers."""
 
     @model_validator(mode="after")
     def _fit_together(self):

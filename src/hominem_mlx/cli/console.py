@@ -62,7 +62,10 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator:
-        """Gives the callback that long work reports to: `{"stage", "done", "total", ...}`."""
+        """Gives the callback that long work reports to: `{"stage", "done", "total", ...}`.
+
+        An event with a `note` is a line to be read, and no progress.
+        """
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             with _bars() as report:
                 yield report
@@ -120,6 +123,9 @@ def _bars() -> Iterator:
         tasks: dict[str, Any] = {}
 
         def report(event: dict[str, Any]) -> None:
+            if "note" in event:
+                progress.console.print(f"{event['stage']}: {event['note']}", markup=False, highlight=False)
+                return
             stage, total = event["stage"], event.get("total")
             if stage not in tasks or progress.tasks[tasks[stage]].finished:
                 tasks[stage] = progress.add_task(stage, total=total, more="")
@@ -136,6 +142,9 @@ class _Lines:
         self.stage, self.began, self.last = "", 0.0, 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if "note" in event:
+            self.note(f"{event['stage']}: {event['note']}")
+            return
         now = time.monotonic()
         stage, done, total = event["stage"], event["done"], event.get("total")
         if stage != self.stage:

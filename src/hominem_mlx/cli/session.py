@@ -50,6 +50,12 @@ class Session:
         self.overrides += (setting,)
         self.__dict__.pop("config", None)
 
+    @property
+    def words(self) -> list[str]:
+        """The common options as they were given, for the same command in another process."""
+        given = (("--home", self._home), ("--config", self.config_file), ("--json", self.console.json_path))
+        return [*(word for name, value in given if value is not None for word in (name, value)), *self.overrides]
+
     @cached_property
     def home(self) -> Path:
         """The home folder; it may not be there yet."""

@@ -1,7 +1,8 @@
 """`hominem train`: a reward model, then an adapter, or a whole model."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -64,8 +65,20 @@ def reward(session: Session) -> None:
     metavar="ADAPTER",
     help="Leave that adapter as it is and train one over it: current, a version or a tag.",
 )
+@click.option(
+    "--memory-gb",
+    metavar="GB",
+    type=click.FloatRange(min=0),
+    help="Compute so that it takes no more memory; 0: than this machine has. The same as dual.memory_gb.",
+)
+@click.option(
+    "--hosts",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Share the work with other Macs: a hostfile of mlx.launch, with the one that keeps the result first.",
+)
 @shares()
-def dual(session: Session, on_top_of: str | None) -> None:
+def dual(session: Session, on_top_of: str | None, memory_gb: float | None, hosts: str | None) -> None:
     """Train an adapter: memories by SFT, preferences by soft DPO (or another dual.loss), single thumbs by KTO, in one.
 
     Looks on the way are kept in its metrics.jsonl: validation pairs and, on dual.probes prompts, recall and how the
@@ -74,19 +87,38 @@ def dual(session: Session, on_top_of: str | None) -> None:
 
     The result is not used until it was judged: hominem evaluate policy, then hominem artifacts use. One that was
     trained on top of another speaks together with it; hominem artifacts merge makes one of both.
+
+    With --memory-gb it is worked out beforehand what a step takes. Where that is more, the cheapest way is taken that
+    fits: smaller chunks of logits, some blocks computed twice, batches in several parts. It takes longer and gives the
+    same adapter up to rounding. A run that was stopped goes on with another --memory-gb too.
+
+    With --hosts every machine of the list computes its part of each batch, and the adapter is the one that a single
+    machine would make, up to rounding. All need the same home. When one of them fails, all stop.
     """
+    if memory_gb is not None:
+        session.override(f"dual.memory_gb={memory_gb}")
+    if hosts:
+        from hominem_mlx.cli.together import launch
+
+        own = ["--on-top-of", on_top_of] if on_top_of else []
+        return launch(Path(hosts), ["train", "dual", *own, *session.words])
+
     from hominem_mlx.errors import RegistryError
     from hominem_mlx.policy import dual as recipe
+    from hominem_mlx.training import costs, parallel
+    from hominem_mlx.training.footprint import GB
 
+    ranks = parallel.join()
     pairs = session.current("dataset", "hominem data pair", pointer="pairs")
     under = session.adapter(on_top_of) if on_top_of else None
     if on_top_of and under is None:
         raise RegistryError(f"--on-top-of {on_top_of}: there is no such adapter to go on top of; leave the option out")
+    task: dict[str, Any] = {"lm": session.base, "on_top_of": under, "ranks": ranks}
+    if not ranks.is_first:
+        return recipe.assist(session.registry, pairs, session.config, **task)
     look = _look(session, pairs) if session.config.dual.probes else None
     with session.console.progress() as report:
-        made = recipe.train(
-            session.registry, pairs, session.config, lm=session.base, on_top_of=under, look=look, progress=report
-        )
+        made = recipe.train(session.registry, pairs, session.config, **task, look=look, progress=report)
     metrics = made.metadata["metrics"]
     session.console.result({"artifact": made.ref, "base": session.base.name, **metrics})
     summary = metrics["training"]
@@ -102,6 +134,8 @@ def dual(session: Session, on_top_of: str | None) -> None:
         session.console.say(f"Stopped early: {summary['stopped']}")
     if metrics["kept_step"] != summary["steps"]:
         session.console.say(f"Kept: the adapter after step {metrics['kept_step']}, the best of these looks.")
+    estimated, took = metrics["memory"]["estimate_gb"]["total"] * GB, costs.took()
+    session.console.say(f"Estimated {costs.shown(estimated)} of memory, took {costs.shown(took)}.")
     session.console.say(f"{made.ref} is trained, not in use yet. Judge it: hominem evaluate policy")
     session.console.say(f"Use it: hominem artifacts use {made.ref}")
     if under is not None:

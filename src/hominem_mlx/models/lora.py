@@ -6,7 +6,7 @@ learns and is saved, and its arrays have the names they would have alone; everyt
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hominem_mlx.models.backbone import LanguageModel
 
 LEAVES = ("lora_a", "lora_b", "m")  # the parameter names that belong to an adapter
+EMBEDDING = "model.embed_tokens"  # the output layer too, where the two share their weights
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
@@ -80,7 +81,7 @@ def attach(
     _put(lm.model, {name: _unwrap(layer) for name, layer in under.items()})
     try:
         with seeded(seed):
-            linear_to_lora_layers(lm.model, _blocks(lm, shape), settings, use_dora=shape.kind == "dora")
+            linear_to_lora_layers(lm.model, num_blocks(lm, shape), settings, use_dora=shape.kind == "dora")
             mx.eval(lm.model.parameters())
     except (ValueError, TypeError, AttributeError) as error:
         _put(lm.model, {name: _unwrap(layer) for name, layer in _layers(lm.model)} | under)
@@ -136,8 +137,23 @@ def targets(lm: "LanguageModel", *, linear: bool, head: bool) -> list[str]:
     with without_adapter(lm):  # on it, a linear layer is no longer where the base has it
         blocks = [block.named_modules() for block in lm.model.layers]
         inside = {name for block in blocks for name, layer in block if isinstance(layer, kinds)}
-    output = "lm_head" if "lm_head" in lm.model else "model.embed_tokens"
+    output = "lm_head" if "lm_head" in lm.model else EMBEDDING
     return sorted(inside) * linear + [output] * head
+
+
+def size(lm: "LanguageModel", shape: Shape, keys: Sequence[str]) -> int:
+    """Weights that a fresh adapter of this shape would have on these layers (names as `targets` gives them)."""
+    with without_adapter(lm):
+        inside = [block.named_modules() for block in lm.model.layers[-num_blocks(lm, shape) :]]
+        found = [layer for modules in (*inside, lm.model.named_modules()) for name, layer in modules if name in keys]
+        sides = [dimensions(layer) for layer in found]
+    return sum(shape.rank * (made + read) + made * (shape.kind == "dora") for made, read in sides)
+
+
+def dimensions(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a layer's matrix, quantised or not: what it makes, and what it reads."""
+    *_, rows, columns = layer.weight.shape
+    return rows, columns * 32 // layer.bits if "scales" in layer else columns
 
 
 def is_head(name: str) -> bool:
@@ -237,10 +253,11 @@ def save_adapter(lm: "LanguageModel", folder: Path, shape: Shape, values: dict[s
             raise ModelError("the adapter below was never saved; save it and load it before training on top of it")
         over = {"name": _name(Path(below)), "hash": sha256_file(Path(below) / WEIGHTS)}
     values, base = values or adapter_parameters(lm.model), {"name": lm.name, "hash": lm.hash}
-    write(folder, shape, _blocks(lm, shape), values, base=base, over=over)
+    write(folder, shape, num_blocks(lm, shape), values, base=base, over=over)
 
 
-def _blocks(lm: "LanguageModel", shape: Shape) -> int:
+def num_blocks(lm: "LanguageModel", shape: Shape) -> int:
+    """How many blocks, counted from the last, an adapter of this shape reaches."""
     return lm.num_layers if shape.num_layers < 1 else min(shape.num_layers, lm.num_layers)
 
 

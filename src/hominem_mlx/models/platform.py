@@ -122,6 +122,13 @@ def _causal(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-2)
 
 
+def causal_scores(length: int) -> int:
+    """Attention scores a head that are there at once when a text of so many tokens reads itself."""
+    if not _on_linux_cpu():
+        return length * length
+    return sum((min(start + PIECE, length) - start) * min(start + PIECE, length) for start in range(0, length, PIECE))
+
+
 def _attended(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None) -> mx.array:
     scores = queries @ keys.swapaxes(-1, -2)
     if mask is not None:

@@ -26,7 +26,7 @@ from hominem_mlx.training import footprint
 from hominem_mlx.training.logprobs import LogProbs
 from hominem_mlx.training.loop import Channel, Plan, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.rows import Row, spoken, to_row
+from hominem_mlx.training.rows import Parts, Row, spoken, to_row
 
 Progress = Callable[[dict[str, Any]], None]
 RECIPE = 2  # goes up when the same settings make another model, so that no run goes on by another recipe
@@ -75,7 +75,7 @@ def train(
         try:
             lm.model.set_dtype(mx.float32)
             lm.model.unfreeze()
-            lessons = Memories(LogProbs(lm), rows, weight, batch=settings.batch, seed=settings.seed)
+            lessons = Memories(LogProbs(lm), rows, weight, Parts(), batch=settings.batch, seed=settings.seed)
             batches = settings.epochs * lessons.order.batches_an_epoch
 
             def batch_at(place: int) -> MemoryBatch | None:

@@ -9,7 +9,7 @@ import numpy as np
 from hominem_mlx import losses
 from hominem_mlx.records import SftPair
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Order, Row, Rows
+from hominem_mlx.training.rows import Order, Parts, Row, Rows
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,24 @@ class Memories:
     Args:
         rows: one a memory.
         weight: float32, one a memory.
+        parts: what `batch_at` counts.
         batch: memories a batch.
         seed: of their order.
     """
 
-    def __init__(self, logprobs: LogProbs, rows: Sequence[Row], weight: np.ndarray, *, batch: int, seed: int):
-        self.logprobs, self.rows, self.weight = logprobs, rows, weight
+    measures: tuple[str, ...] = ()  # what `loss` tells beside the loss, by name
+
+    def __init__(
+        self, logprobs: LogProbs, rows: Sequence[Row], weight: np.ndarray, parts: Parts, *, batch: int, seed: int
+    ):
+        self.logprobs, self.rows, self.weight, self.parts = logprobs, rows, weight, parts
         self.order = Order(len(rows), batch, seed)
 
-    def batch_at(self, step: int) -> MemoryBatch:
-        """The batch of a step; epochs go round for ever."""
-        index = self.order.batch(step)
+    def batch_at(self, place: int) -> MemoryBatch | None:
+        """The part of a batch at that place, None where it is empty; epochs go round for ever."""
+        index = self.parts.at(self.order, place)
+        if not len(index):
+            return None
         return MemoryBatch(self.logprobs.collate([self.rows[i] for i in index]), mx.array(self.weight[index]))
 
     def loss(self, batch: MemoryBatch) -> tuple[mx.array, dict[str, mx.array]]:

@@ -36,12 +36,12 @@ from hominem_mlx.files import lock, sha256_json, write_jsonl
 from hominem_mlx.metrics import distinct2
 from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
-from hominem_mlx.policy.dual import strongest_directions
 from hominem_mlx.policy.episodes import Played, Talk, play, to_play
 from hominem_mlx.policy.guards import apart, complaints, story
 from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import conflicts
+from hominem_mlx.training.directions import strongest_directions
 from hominem_mlx.training.kept import keep, take_back
 from hominem_mlx.training.logprobs import LogProbs, reference_logprobs
 from hominem_mlx.training.loop import METRICS, Channel, Look, Plan, as_stage

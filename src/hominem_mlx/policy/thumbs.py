@@ -17,7 +17,7 @@ from hominem_mlx import losses
 from hominem_mlx.policy.memories import gate
 from hominem_mlx.records import Thumb
 from hominem_mlx.training.logprobs import LogProbs
-from hominem_mlx.training.rows import Order, Row, Rows, fit
+from hominem_mlx.training.rows import Order, Parts, Row, Rows, fit
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ThumbBatch:
     """`n` thumbs. Of each: reference float32, good bool, weight float32, all `[n]`.
 
     strange: `m` replies, each behind a prompt that it was not given to, and their reference `[m]`; None where all
-    thumbs are about one prompt.
+    thumbs are about one prompt. A part of a batch has those of the whole one, and so the same z0.
     """
 
     rows: Rows
@@ -36,18 +36,23 @@ class ThumbBatch:
 
 
 class Thumbs:
-    """Thumbs, ready to be cut into batches.
+    """Thumbs, ready to be cut into batches once they `begin`.
 
     Args:
         rows: one a thumb.
         good: bool, one a thumb.
         weight: float32, one a thumb, before balance.
-        references: log-probabilities of rows under the reference, called once.
+        parts: what `batch_at` counts.
         max_tokens: longest row.
         beta: of the loss.
         batch: thumbs a batch.
         seed: of their order.
+
+    Attributes:
+        strange: by number of a thumb, the row that z0 has of it.
     """
+
+    measures = ("accuracy", "baseline")  # what `loss` tells beside the loss, by name
 
     def __init__(
         self,
@@ -55,37 +60,43 @@ class Thumbs:
         rows: Sequence[Row],
         good: np.ndarray,
         weight: np.ndarray,
+        parts: Parts,
         *,
-        references: Callable[[list[Row]], np.ndarray],
         max_tokens: int,
         beta: float,
         batch: int,
         seed: int,
     ):
-        self.logprobs, self.rows, self.good, self.beta = logprobs, rows, good, beta
+        self.logprobs, self.rows, self.good, self.parts, self.beta = logprobs, rows, good, parts, beta
         self.weight = weight * balance(good)
-        self.partner = partners(rows)
-        strange = [
-            fit(Row(row.prompt, rows[other].response), max_tokens)[0]
-            for row, other in zip(rows, self.partner)
+        self.strange = {
+            place: fit(Row(rows[place].prompt, rows[other].response), max_tokens)[0]
+            for place, other in enumerate(partners(rows).tolist())
             if other >= 0
-        ]
-        values = references([*rows, *strange])
-        self.reference = values[: len(rows)]
-        places = np.flatnonzero(self.partner >= 0)
-        self.strange = dict(zip(places.tolist(), zip(strange, values[len(rows) :].tolist()), strict=True))
+        }
         self.order = Order(len(rows), batch, seed)
 
-    def batch_at(self, step: int) -> ThumbBatch:
-        """The batch of a step; epochs go round for ever."""
-        index = self.order.batch(step)
-        strange = [self.strange[i] for i in index.tolist() if i in self.strange]
+    def begin(self, references: Callable[[list[Row]], np.ndarray]) -> None:
+        """Read all rows under the reference."""
+        values = references([*self.rows, *self.strange.values()])
+        self.reference = values[: len(self.rows)]
+        self.strange_reference = dict(zip(self.strange, values[len(self.rows) :].tolist(), strict=True))
+
+    def batch_at(self, place: int) -> ThumbBatch | None:
+        """The part of a batch at that place, None where it is empty; epochs go round for ever."""
+        index = self.parts.at(self.order, place)
+        if not len(index):
+            return None
+        strange = [i for i in self.order.batch(self.parts.step(place)).tolist() if i in self.strange]
         return ThumbBatch(
             self.logprobs.collate([self.rows[i] for i in index]),
             mx.array(self.reference[index]),
             mx.array(self.good[index]),
             mx.array(self.weight[index]),
-            (self.logprobs.collate([row for row, _ in strange]), mx.array([value for _, value in strange]))
+            (
+                self.logprobs.collate([self.strange[i] for i in strange]),
+                mx.array([self.strange_reference[i] for i in strange]),
+            )
             if strange
             else None,
         )
@@ -99,6 +110,10 @@ class Thumbs:
             baseline = losses.kto_baseline(self.logprobs(rows, gradient=False) - reference)
         loss = (batch.weight * losses.kto(gained, batch.good, baseline, beta=self.beta)).mean()
         return loss, {"accuracy": ((gained > baseline) == batch.good).mean(), "baseline": baseline}
+
+    def size(self, batch: ThumbBatch) -> float:
+        """Thumbs, which the loss is a mean over."""
+        return batch.good.size
 
 
 def learnable_thumbs(

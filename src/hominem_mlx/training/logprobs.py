@@ -20,6 +20,7 @@ from hominem_mlx.training.rows import Block, Row, Rows, by_prompt, collate
 # gradients, some four times as much. 64 MiB are 110 tokens of the largest vocabularies (150 000): chunks of fewer rows
 # would keep the matrix products from their speed, more would be most of a step's memory.
 LOGITS_BYTES = 64 * 2**20
+READ_AT_ONCE = 16  # rows, where no gradient is wanted
 
 Read = dict[int, list[Recorder]]  # by identity of their tokens: prompts that several blocks go on from
 
@@ -33,20 +34,40 @@ class LogProbs:
         checkpoint: share of the blocks, in [0, 1], of which only what goes in is kept, and the rest computed again for
             the gradient: less memory, more time. Where a family does not allow it this changes nothing; `checkpoints`
             tells how many blocks it is.
+
+    Attributes, for whoever has less memory than that takes:
+        logits_bytes: logits of more come in chunks; `LOGITS_BYTES` unless set.
+        checkpoints: number of blocks that are computed again; to be raised only where `can_checkpoint`.
     """
 
     def __init__(self, lm: LanguageModel, *, checkpoint: float = 0.0):
         self.lm = lm
         self._split = lm.body_and_head()
         self._shares = can_share(lm.model)
+        self.logits_bytes = LOGITS_BYTES
         self.checkpoints = math.ceil(checkpoint * lm.num_layers)
-        if self.checkpoints and not can_checkpoint(lm.model, shares=self._shares):
+        if self.checkpoints and not self.can_checkpoint:
             self.checkpoints = 0
         self._a_pass = a_pass(sum(get_total_parameters(block) for block in lm.model.layers))
 
-    def collate(self, rows: Sequence[Row], *, share: bool = True) -> Rows:
-        """The rows as a batch; those of one prompt share it where this model can, and where they may."""
-        return collate(rows, share=share and self._shares, spread=not self.checkpoints, a_pass=self._a_pass)
+    @functools.cached_property
+    def can_checkpoint(self) -> bool:
+        """Whether this family's blocks can be computed again."""
+        return can_checkpoint(self.lm.model, shares=self._shares)
+
+    @property
+    def comes_apart(self) -> bool:
+        """Whether logits are computed where a reply is predicted alone; else they are for every position."""
+        return self._split is not None
+
+    def collate(self, rows: Sequence[Row], *, share: bool = True, spread: bool | None = None) -> Rows:
+        """The rows as a batch; those of one prompt share it where this model can, and where they may.
+
+        Args:
+            spread: whether a prompt may be read in all lanes; by default where nothing is checkpointed.
+        """
+        spread = not self.checkpoints if spread is None else spread
+        return collate(rows, share=share and self._shares, spread=spread, a_pass=self._a_pass)
 
     def logits(self, rows: Rows) -> mx.array:
         """Logits that predict the response tokens, float32 `[N, V]`, in the order of `rows.owner`."""
@@ -107,7 +128,7 @@ class LogProbs:
             return _of(block.targets, self._logits(block, read))
         hidden = self._hidden(block, read)
         logits = self._head(hidden)  # nothing is computed before it is asked for
-        at_once = max(1, len(hidden) * LOGITS_BYTES // (len(lanes()) * logits.nbytes))
+        at_once = chunk(self.logits_bytes, logits.shape[-1])
         if at_once >= len(hidden) or (gradient and not self._head_is_frozen()):
             return _of(block.targets, logits)
         return self._in_chunks(hidden, block.targets, -(-len(hidden) // -(-len(hidden) // at_once)), gradient)
@@ -146,6 +167,11 @@ class LogProbs:
         return mx.zeros(rows.lengths.shape).at[rows.owner].add(self.per_token(rows, gradient=gradient))
 
 
+def chunk(logits_bytes: int, vocabulary: int) -> int:
+    """Tokens of one block whose logits are there at once, of so many bytes for all lanes."""
+    return max(1, logits_bytes // (len(lanes()) * vocabulary * mx.float32.size))
+
+
 def _of(targets: mx.array, logits: mx.array) -> mx.array:
     """Log-probabilities of `targets` int `[N]`, of logits float32 `[N, V]`."""
     return mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - logsumexp(logits)
@@ -159,7 +185,9 @@ def _in_lanes(compute: Callable[[Block, Read], mx.array], rows: Rows) -> mx.arra
     return mx.concatenate(parts)
 
 
-def reference_logprobs(logprobs: LogProbs, rows: Sequence[Row], *, batch: int = 16, progress=None) -> list[float]:
+def reference_logprobs(
+    logprobs: LogProbs, rows: Sequence[Row], *, batch: int = READ_AT_ONCE, progress=None
+) -> list[float]:
     """`log p(reply | prompt)` of every row under the model as it is now, sorted by length inside to pad little."""
     order = by_prompt(rows)
     values = [0.0] * len(rows)

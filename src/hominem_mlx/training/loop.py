@@ -18,6 +18,7 @@ from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl
 from hominem_mlx.models.seeding import seeded
 from hominem_mlx.training import blend, kept
+from hominem_mlx.training.parallel import ALONE, Ranks
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
 Progress = Callable[[dict[str, Any]], None]
@@ -56,8 +57,9 @@ class Channel:
     is the step) and returns None when nothing in that batch may be learnt. `teaches` says which parameters, by name,
     this term may move; the others do not even get a gradient. A term that `follows` a channel is part of it where
     channels are blended: it keeps its proportion to it and has its turn with it. `size` is what a batch's loss is a
-    mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together.
-    `tokens` are those of a batch's rows, prompts included and padding not, for the speed that progress tells.
+    mean over, response tokens for instance: accumulated micro-batches count by it, and so are one big batch together;
+    so do the shares of several ranks. `tokens` are those of a batch's rows, prompts included and padding not, for the
+    speed that progress tells. `measures` names the measurements, for a rank that has none to show.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Channel:
     follows: str = ""
     size: Callable[[Any], float] = lambda batch: 1.0
     tokens: Callable[[Any], int] = lambda batch: 0
+    measures: tuple[str, ...] = ()
 
     @property
     def leader(self) -> str:
@@ -84,6 +87,7 @@ def train(
     evaluate: Callable[[int], dict[str, float]] | None = None,
     should_stop: Callable[[list[Look]], str | None] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run `plan` over `channels`, or go on where a killed run stopped.
 
@@ -93,20 +97,28 @@ def train(
         plan: steps, learning rate and so on.
         folder: where checkpoint and metrics lie; belongs to this run alone.
         evaluate: measured every `eval_every` steps and at the end.
-        should_stop: gets all those measurements so far, the newest last, and gives a reason to end early, or None.
+        should_stop: gets all those measurements so far, the newest last, and gives a reason to end early, or None;
+            rank 0 asks it, for all.
         progress: called every step with `step`, `steps`, `seconds_left`, `peak_gb` (the most memory MLX held since its
-            peak was last reset), `tokens_per_second` where channels count tokens, and what the step measured.
+            peak was last reset), `tokens_per_second` where channels count tokens (of this process), and what the step
+            measured.
+        ranks: who trains along; all call this with the same channels but for their own shares of the batches. Rank 0
+            alone writes to the folder, and reads there where to begin.
 
     Returns: what happened: steps, skipped steps, share of the update and mean loss by channel, evaluations,
     and how the two channels' gradients agree: mean cosine, and as a running mean `interference` (of its end).
-    Raises: TrainingError on a loss that is not finite; the last checkpoint stays good.
+    Raises: TrainingError on a loss that is not finite, or when another rank is gone; the last checkpoint stays good.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
     optimizer = optim.AdamW(plan.schedule(), weight_decay=plan.weight_decay, bias_correction=True)
     optimizer.init(model.trainable_parameters())
-    story = _resume(model, optimizer, folder) or _new_story(channels)
+    story = (_resume(model, optimizer, folder) if ranks.is_first else None) or _new_story(channels)
+    if ranks.size > 1:
+        _take(model, optimizer, ranks.copied(_state(model, optimizer)))
+        story = ranks.told(story)
     clock = _Clock(plan.steps, story["step"])
-    lessons = _Lessons(model, [clock.counted(channel) for channel in channels], plan)
+    lessons = _Lessons(model, [clock.counted(channel) for channel in channels], plan, ranks)
 
     while story["step"] < plan.steps and not story["stopped"]:
         turn = lessons.turn(story["step"])
@@ -129,10 +141,12 @@ def train(
         if evaluate and (story["step"] % plan.eval_every == 0 or ended):
             measured = {"step": story["step"], **evaluate(story["step"])}
             story["evaluations"].append({**measured, **report})
-            append_jsonl(folder / METRICS, [{**measured, **report}])
-            story["stopped"] = (should_stop(story["evaluations"]) if should_stop else None) or ""
+            if ranks.is_first:
+                append_jsonl(folder / METRICS, [{**measured, **report}])
+            reason = should_stop(story["evaluations"]) if should_stop and ranks.is_first else None
+            story["stopped"] = ranks.told(reason or "")
             report |= measured
-        if story["step"] % plan.save_every == 0 or ended or story["stopped"]:
+        if ranks.is_first and (story["step"] % plan.save_every == 0 or ended or story["stopped"]):
             _save(model, optimizer, story, folder)
         if progress:
             progress({"step": story["step"], "steps": plan.steps, **clock.read(story["step"]), **report})
@@ -175,8 +189,8 @@ class _Clock:
 class _Lessons:
     """What the channels have to say in a step, as gradients."""
 
-    def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan):
-        self.model, self.channels, self.plan = model, channels, plan
+    def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan, ranks: Ranks):
+        self.model, self.channels, self.plan, self.ranks = model, channels, plan, ranks
         self.parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
         self.passes = {
             channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels
@@ -189,23 +203,43 @@ class _Lessons:
 
     def terms(self, turn: str, story: dict) -> list["_Term"]:
         """The term of every channel that has weight, its turn, and something to learn."""
-        step, found = story["step"], []
+        step, lessons = story["step"], []
         place = story["turns"].get(turn, 0) if turn else step
         for channel in self.channels:
             if not channel.weight or turn not in ("", channel.leader):
                 continue
             # a weight is a share of the turns or a factor, never both
             weight = channel.weight / self.weights[turn] if turn else channel.weight
-            # seeded: dropout draws the same when resumed here
-            with _only(self.model, self.parameters, channel.teaches), seeded(step):
-                lesson = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
-            if lesson is not None:
-                found.append(_Term.of(channel, *lesson))
-        return found
+            # seeded: dropout draws the same when resumed here, and not the same on every rank
+            draw = step * self.ranks.size + self.ranks.rank
+            with _only(self.model, self.parameters, channel.teaches), seeded(draw):
+                lesson, size = _lesson(channel, self.passes[channel.name], place, weight, self.plan.accumulate)
+                if lesson is None and self.ranks.size > 1:  # without a row of a short batch it adds zeros
+                    trainable = tree_flatten(self.model.trainable_parameters())
+                    zeros = dict.fromkeys(channel.measures, mx.zeros(()))
+                    lesson = mx.zeros(()), zeros, {name: mx.zeros_like(value) for name, value in trainable}
+            lessons.append((channel, lesson, size))
+        if self.ranks.size > 1:
+            lessons = self._of_all_ranks(lessons)
+        return [_Term.of(channel, *lesson) for channel, lesson, _ in lessons if lesson is not None]
+
+    def _of_all_ranks(self, lessons: list[tuple]) -> list[tuple]:
+        """The means by size of what all ranks found, in one sum; None where no rank found anything."""
+        own = [{"loss": loss, **measured, **gradient} for _, (loss, measured, gradient), _ in lessons]
+        together = []
+        for (channel, _, size), means in zip(lessons, self.ranks.means(own, [size for *_, size in lessons])):
+            lesson = None
+            if means is not None:
+                loss, measured = means.pop("loss"), {name: means.pop(name) for name in channel.measures}
+                lesson = loss, measured, means
+            together.append((channel, lesson, size))
+        return together
 
 
-def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple | None:
-    """Loss, measurements and weighted gradient of one step of a channel; None when nothing may be learnt.
+def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float, micro_batches: int) -> tuple:
+    """What one step of a channel teaches, or None when nothing may be learnt, and the size of what it is a mean over.
+
+    It is loss, measurements and weighted gradient.
 
     Over micro-batches the mean by size, kept as it grows: two copies of the gradient, whatever their number, and the
     very bits of a single one.
@@ -224,7 +258,7 @@ def _lesson(channel: Channel, value_and_grad: Callable, step: int, weight: float
         mean = new
         del tree, new  # what nothing else holds is overwritten in place
         mx.eval(mean)
-    return mean
+    return mean, seen
 
 
 def _in_training(model: nn.Module, value_and_grad: Callable) -> Callable:
@@ -379,11 +413,9 @@ def _summary(story: dict) -> dict[str, Any]:
 
 def _save(model: nn.Module, optimizer: optim.Optimizer, story: dict, folder: Path) -> None:
     """One file, one rename: weights, optimiser and position cannot disagree."""
-    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
-    arrays |= {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
     told = json.dumps({**story, "saved_step": story["step"]})
     try:
-        kept.save(folder / CHECKPOINT, arrays, {"story": told})
+        kept.save(folder / CHECKPOINT, _state(model, optimizer), {"story": told})
     except OSError as error:
         raise TrainingError(
             f"{folder}: the checkpoint of step {story['step']} could not be written ({error}): stopped. That of step "
@@ -396,6 +428,16 @@ def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[
     if not (folder / CHECKPOINT).exists():
         return None
     arrays, metadata = mx.load(str(folder / CHECKPOINT), return_metadata=True)
+    _take(model, optimizer, arrays)
+    return json.loads(metadata["story"])
+
+
+def _state(model: nn.Module, optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    arrays = {f"model.{name}": value for name, value in tree_flatten(model.trainable_parameters())}
+    return arrays | {f"optimizer.{name}": value for name, value in tree_flatten(optimizer.state)}
+
+
+def _take(model: nn.Module, optimizer: optim.Optimizer, arrays: dict[str, mx.array]) -> None:
     parts: dict[str, list] = {"model": [], "optimizer": []}
     for name, value in arrays.items():
         part, _, rest = name.partition(".")
@@ -403,4 +445,3 @@ def _resume(model: nn.Module, optimizer: optim.Optimizer, folder: Path) -> dict[
     model.update(tree_unflatten(parts["model"]))
     optimizer.state = tree_unflatten(parts["optimizer"])
     mx.eval(model.trainable_parameters(), optimizer.state)
-    return json.loads(metadata["story"])

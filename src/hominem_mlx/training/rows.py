@@ -1,5 +1,6 @@
 """Texts as rows of tokens: a prompt, a reply, and which positions predict the reply."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,6 +14,7 @@ from hominem_mlx.models.platform import lanes, pad_to
 from hominem_mlx.models.prefix import Prompts
 from hominem_mlx.records import Record, Turn
 from hominem_mlx.training.cutting import Lengths, Part, cut, padded
+from hominem_mlx.training.parallel import ALONE, Ranks
 
 Said = TypeVar("Said", bound=Record)
 
@@ -122,13 +124,37 @@ class Order:
         self.batches_an_epoch = -(-size // batch)
         names = {name: number for number, name in enumerate(dict.fromkeys(groups or []))}
         self.group = np.array([names[name] for name in groups]) if groups else np.arange(size)
+        self._epoch = functools.lru_cache(maxsize=1)(self._shuffled)  # asked for once a batch
 
     def batch(self, step: int) -> np.ndarray:
         """Row numbers `[<= batch]`; the last batch of an epoch may be short."""
         epoch, place = divmod(step, self.batches_an_epoch)
+        return self._epoch(epoch)[place * self.size_of_batch : (place + 1) * self.size_of_batch]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """All row numbers in the order of an epoch."""
         turn = np.random.default_rng([self.seed, epoch]).permutation(self.group.max(initial=-1) + 1)
-        order = np.argsort(np.argsort(turn)[self.group], kind="stable")
-        return order[place * self.size_of_batch : (place + 1) * self.size_of_batch]
+        return np.argsort(np.argsort(turn)[self.group], kind="stable")
+
+
+@dataclass
+class Parts:
+    """How batches are cut where they are computed: by rank, then into micro-batches, which are counted through.
+
+    All channels of a run hold the same; `micro_batches` is settled before the first batch, by each rank for itself.
+    """
+
+    micro_batches: int = 1
+    ranks: Ranks = ALONE
+
+    def step(self, place: int) -> int:
+        """The step of the micro-batch at `place`."""
+        return place // self.micro_batches
+
+    def at(self, order: Order, place: int) -> np.ndarray:
+        """Row numbers of this rank's micro-batch at `place`; none where a batch has fewer rows than parts."""
+        own = self.ranks.share(order.batch(self.step(place)))
+        return np.array_split(own, self.micro_batches)[place % self.micro_batches]
 
 
 def by_prompt(rows: Sequence[Row]) -> list[int]:

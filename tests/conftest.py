@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,6 +38,31 @@ TEXT = [
 def pytest_report_header():
     """Which BLAS: without OpenBLAS everything is right and some thirty times slower."""
     return f"BLAS: {hominem_mlx.openblas or 'of the MLX wheel'}"
+
+
+class Demo(subprocess.Popen):
+    """`hominem demo` as a person starts it, in a home of its own; what it prints goes to the file `output`."""
+
+    def __init__(self, folder: Path):
+        self.home, self.output = folder / "home", folder / "output"
+        command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", "demo", "--home", self.home]
+        with open(self.output, "w") as output:
+            json_file = self.home / "demo.json"
+            super().__init__([*command, "--json", json_file], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_process(request, tmp_path_factory):
+    """A demo that begins with the first test, where a later one asks for what it finds; None elsewhere.
+
+    It takes minutes and seldom all cores. How long it takes beside other tests says nothing.
+    """
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    with Demo(tmp_path_factory.mktemp("demo")) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,9 @@ SMALL = ("dual.rank=2", "dual.learning_rate=1e-3", "dual.max_displacement=0.0")
 RL = ("rl.steps=4", "rl.batch_prompts=2", "rl.answers=2", "rl.max_tokens=24", "rl.probes=8", "rl.rank=2")
 LOOKS = ("rl.learning_rate=1e-3", "rl.save_every=1", "rl.eval_every=2", "rl.max_length=9", "rl.max_strange=1")
 FULL = ("full.epochs=2", "full.accumulate=1", "full.save_every=2", "full.learning_rate=1e-3", "full.max_tokens=64")
-EVALUATION = ("samples=1", "max_tokens=4", "recall_tokens=4", "bootstrap=100")
+EVALUATION = tuple(
+    f"evaluation.{setting}" for setting in ("samples=1", "max_tokens=4", "recall_tokens=4", "bootstrap=100")
+)
 
 # Loading the libraries takes longer than the work itself. So on Linux one process loads them, and each command runs in
 # a fork of it; Metal would not survive a fork, so elsewhere each process loads them anew.
@@ -213,7 +215,7 @@ def test_reward_training_arrives_after_kills(filled, crew, tiny_folder):
 def test_dual_training_arrives_after_kills(filled, crew, tiny_folder):
     here("data", "split", "--home", filled)
     here("data", "pair", "--home", filled, PAIRS[0])
-    words = ("train", "dual", f"student.base={tiny_folder}", *DUAL, *SMALL)
+    words = ("train", "dual", f"student.base={tiny_folder}", *DUAL, *SMALL, *EVALUATION)
     survives(crew, filled, lambda home: (*words, "--home", home), KILLS["dual"])
 
 
@@ -275,6 +277,6 @@ def test_collecting_garbage_takes_nothing_it_must_keep_whenever_it_is_killed(hom
 
 
 def test_the_demo_arrives_after_kills(home, crew, tiny_folder):
-    settings = (*REWARD, *PAIRS, *DUAL, *SMALL, *(f"evaluation.{setting}" for setting in EVALUATION))
+    settings = (*REWARD, *PAIRS, *DUAL, *SMALL, *EVALUATION)
     words = ("demo", f"student.base={tiny_folder}", *settings)
     survives(crew, home, lambda home: (*words, "--home", home), KILLS["demo"])

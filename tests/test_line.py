@@ -5,7 +5,6 @@ import importlib.util
 import json
 import random
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -65,8 +64,8 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def share(share_of_starter) -> Path:
-    """Every held-out row of the corpus, and sixty prompts to learn from."""
-    return share_of_starter(train=60, valid=12, test=1000, memory=1000, recall=1000, fixtures=1000)
+    """A share of the corpus: forty prompts to learn from, eight to watch, two dozen to be examined with."""
+    return share_of_starter(train=40, valid=8, test=24, memory=1000, recall=1000, fixtures=1000)
 
 
 def altered(share: Path, folder: Path) -> None:
@@ -169,24 +168,13 @@ ENTRY = {"value", "goal", "holds", "n", "spread", "how"}
 MISSED = {"A1", "A1_slow", "A2", "A3"}
 
 
-def run_demo(home: Path) -> dict:
-    """`hominem demo` as a person starts it; returns what it writes as JSON, and its output under "output"."""
-    command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", "demo", "--home", str(home)]
-    done = subprocess.run([*command, "--json", str(home / "demo.json")], capture_output=True, text=True, timeout=1200)
-    output = done.stdout + done.stderr
-    assert done.returncode in (0, 1), output
-    return {**json.loads((home / "demo.json").read_text()), "output": output, "code": done.returncode}
-
-
 @pytest.fixture(scope="module")
-def demo_home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.fixture(scope="module")
-def found(demo_home) -> dict:
-    """One whole demo, with the bundled student."""
-    return run_demo(demo_home)
+def found(demo_process) -> dict:
+    """What one whole demo, with the bundled student, writes as JSON; its output under "output"."""
+    code = demo_process.wait(timeout=1200)
+    output = demo_process.output.read_text()
+    assert code in (0, 1), output
+    return {**json.loads((demo_process.home / "demo.json").read_text()), "output": output, "code": code}
 
 
 def test_demo_writes_what_it_promises(found):
@@ -237,8 +225,8 @@ def test_demo_report_needs_nothing_else(found):
     assert (Path(found["report"]).parent / "report.json").exists()
 
 
-def test_demo_home_is_whole_and_its_adapter_has_a_past(found, demo_home):
-    registry = Registry(demo_home)
+def test_demo_home_is_whole_and_its_adapter_has_a_past(found, demo_process):
+    registry = Registry(demo_process.home)
     assert registry.verify() == []
     adapter = registry.find(found["artifacts"]["lora"])
     ancestors = {artifact.ref for _, artifact in registry.lineage(adapter)}

@@ -30,7 +30,7 @@ KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 2, "full": 2, "gc": 9, "demo":
 PAUSE_SECONDS = 0.03  # of the teacher before each answer
 REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=2")
 PAIRS = ("pairs.max_per_prompt=2", "pairs.on_policy=1", "pairs.on_policy_max_tokens=4")
-DUAL = ("dual.epochs=3", "dual.batch_pairs=4", "dual.batch_memories=4", "dual.save_every=2", "dual.eval_every=4")
+DUAL = ("dual.epochs=2", "dual.batch_pairs=4", "dual.batch_memories=4", "dual.save_every=2", "dual.eval_every=4")
 SMALL = ("dual.rank=2", "dual.learning_rate=1e-3", "dual.max_displacement=0.0")
 RL = ("rl.steps=4", "rl.batch_prompts=2", "rl.answers=2", "rl.max_tokens=24", "rl.probes=8", "rl.rank=2")
 LOOKS = ("rl.learning_rate=1e-3", "rl.save_every=1", "rl.eval_every=2", "rl.max_length=9", "rl.max_strange=1")

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,8 +15,17 @@ for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", 
 import hominem_mlx  # noqa: E402, I001  before mlx, so that it can take OpenBLAS
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from hominem_mlx.data import home as homes  # noqa: E402
+from hominem_mlx.data.split import split_of  # noqa: E402
+from hominem_mlx.files import read_jsonl, write_jsonl  # noqa: E402
 from hominem_mlx.models import backbone  # noqa: E402
+from hominem_mlx.records import Fixture, Label, Prompt, RecallQuestion, SftPair  # noqa: E402
 from hominem_mlx.storage.registry import Registry  # noqa: E402
+
+# A machine may be busy, and how long an example takes is not what these tests are about.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 TEXT = [
     "What is my sister called? Your sister is called Nora.",
@@ -27,6 +38,31 @@ TEXT = [
 def pytest_report_header():
     """Which BLAS: without OpenBLAS everything is right and some thirty times slower."""
     return f"BLAS: {hominem_mlx.openblas or 'of the MLX wheel'}"
+
+
+class Demo(subprocess.Popen):
+    """`hominem demo` as a person starts it, in a home of its own; what it prints goes to the file `output`."""
+
+    def __init__(self, folder: Path):
+        self.home, self.output = folder / "home", folder / "output"
+        command = [sys.executable, "-c", "from hominem_mlx.cli import main; main()", "demo", "--home", self.home]
+        with open(self.output, "w") as output:
+            json_file = self.home / "demo.json"
+            super().__init__([*command, "--json", json_file], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_process(request, tmp_path_factory):
+    """A demo that begins with the first test, where a later one asks for what it finds; None elsewhere.
+
+    It takes minutes and seldom all cores. How long it takes beside other tests says nothing.
+    """
+    if not any("found" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    with Demo(tmp_path_factory.mktemp("demo")) as process:
+        yield process
+        process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +91,22 @@ def home(tmp_path, monkeypatch) -> Path:
 def registry(home) -> Registry:
     """An empty registry."""
     return Registry(home)
+
+
+@pytest.fixture
+def publish_pairs(registry):
+    """Publishes a dataset of pairs: `publish_pairs(pairs, valid, memories, thumbs)`."""
+
+    def make(pairs=(), valid=(), memories=(), thumbs=None):
+        with registry.draft("dataset", config={"holds": "pairs"}) as draft:
+            write_jsonl(draft.folder / "preferences.train.jsonl", pairs)
+            write_jsonl(draft.folder / "preferences.valid.jsonl", valid)
+            write_jsonl(draft.folder / "memory.jsonl", memories)
+            if thumbs is not None:
+                write_jsonl(draft.folder / "thumbs.jsonl", thumbs)
+        return draft.published
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +175,30 @@ def tiny(tiny_folder, tmp_path):
 def student() -> backbone.LanguageModel:
     """The bundled tiny student, freshly loaded."""
     return backbone.load("starter")
+
+
+@pytest.fixture(scope="session")
+def share_of_starter(tmp_path_factory):
+    """Makes a folder like that of the bundled corpus, with the first so many of its rows."""
+
+    def make(*, memory: int, recall: int, fixtures: int, **prompts: int) -> Path:
+        """`prompts` by split, each with all that is said to it."""
+        folder, kept = tmp_path_factory.mktemp("starter"), set()
+        every = read_jsonl(homes.STARTER / "prompts.jsonl", Prompt)
+        for part, count in prompts.items():
+            kept.update([prompt.id for prompt in every if split_of(prompt.id) == part][:count])
+        labels = read_jsonl(homes.STARTER / "reward_samples.jsonl", Label)
+        write_jsonl(folder / "prompts.jsonl", [row for row in every if row.id in kept])
+        write_jsonl(folder / "reward_samples.jsonl", [row for row in labels if row.prompt_id in kept])
+        for name, model, count in (
+            ("memory", SftPair, memory),
+            ("recall", RecallQuestion, recall),
+            ("fixtures", Fixture, fixtures),
+        ):
+            write_jsonl(folder / f"{name}.jsonl", read_jsonl(homes.STARTER / f"{name}.jsonl", model)[:count])
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 from hominem_mlx.cli import cli
 from hominem_mlx.config import load_config
 from hominem_mlx.errors import ConfigError, InputError, ModelError
-from hominem_mlx.files import read_json, write_json, write_jsonl
+from hominem_mlx.files import read_json, write_json
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.models.merge import merge, truncate
 from hominem_mlx.policy import dual
@@ -89,14 +89,11 @@ def quantised(tiny_folder, tmp_path):
 
 
 @pytest.fixture
-def pairs(registry):
+def pairs(registry, publish_pairs):
     """A published dataset of pairs and memories, in use."""
-    with registry.draft("dataset", config={"holds": "pairs"}) as draft:
-        write_jsonl(draft.folder / "preferences.train.jsonl", PAIRS)
-        write_jsonl(draft.folder / "preferences.valid.jsonl", PAIRS[:1])
-        write_jsonl(draft.folder / "memory.jsonl", MEMORIES)
-    registry.use(draft.published, pointer="pairs")
-    return draft.published
+    published = publish_pairs(PAIRS, PAIRS[:1], MEMORIES)
+    registry.use(published, pointer="pairs")
+    return published
 
 
 def dense(folder):

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from hominem_mlx.config import DualConfig, load_config
 from hominem_mlx.errors import BusyError, TrainingError
-from hominem_mlx.files import lock, sha256_json, write_jsonl
+from hominem_mlx.files import lock, sha256_json
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual
 from hominem_mlx.policy.held_back import best_look
@@ -43,15 +43,8 @@ PAIRS = [pair(i, reward_intensity=0.5 + 0.1 * i, target=0.9) for i in range(4)]
 
 
 @pytest.fixture
-def dataset(registry):
-    def make(pairs=PAIRS, memories=MEMORIES, valid=PAIRS[:2]):
-        with registry.draft("dataset") as draft:
-            write_jsonl(draft.folder / "preferences.train.jsonl", pairs)
-            write_jsonl(draft.folder / "preferences.valid.jsonl", valid)
-            write_jsonl(draft.folder / "memory.jsonl", memories)
-        return draft.published
-
-    return make
+def dataset(publish_pairs):
+    return lambda pairs=PAIRS, memories=MEMORIES, valid=PAIRS[:2]: publish_pairs(pairs, valid, memories)
 
 
 def train(registry, dataset, lm, *overrides):

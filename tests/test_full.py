@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 from hominem_mlx.cli import cli
 from hominem_mlx.config import FullConfig, load_config
 from hominem_mlx.errors import ModelError, RegistryError, TrainingError
-from hominem_mlx.files import write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.models.seeding import seeded
 from hominem_mlx.policy import dual, full
@@ -38,15 +37,8 @@ PAIRS = [Preference(id="p", prompt="a question?", chosen="kind.", rejected="rude
 
 
 @pytest.fixture
-def dataset(registry):
-    def make(memories=MEMORIES):
-        with registry.draft("dataset", config={"holds": "pairs"}) as draft:
-            write_jsonl(draft.folder / "preferences.train.jsonl", PAIRS)
-            write_jsonl(draft.folder / "preferences.valid.jsonl", [])
-            write_jsonl(draft.folder / "memory.jsonl", memories)
-        return draft.published
-
-    return make
+def dataset(publish_pairs):
+    return lambda memories=MEMORIES: publish_pairs(PAIRS, memories=memories)
 
 
 def train(registry, dataset, lm, *overrides, **options):

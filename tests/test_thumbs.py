@@ -6,7 +6,6 @@ import pytest
 
 from hominem_mlx.config import load_config
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import write_jsonl
 from hominem_mlx.models import backbone, lora
 from hominem_mlx.policy import dual, thumbs
 from hominem_mlx.policy.material import Material
@@ -26,17 +25,8 @@ MEMORIES = [SftPair(id=f"m{i}", instruction=f"what is {i}?", response=f"thing {i
 
 
 @pytest.fixture
-def dataset(registry):
-    def make(judged=THUMBS, pairs=(), memories=()):
-        with registry.draft("dataset") as draft:
-            write_jsonl(draft.folder / "preferences.train.jsonl", pairs)
-            write_jsonl(draft.folder / "preferences.valid.jsonl", [])
-            write_jsonl(draft.folder / "memory.jsonl", memories)
-            if judged is not None:
-                write_jsonl(draft.folder / "thumbs.jsonl", judged)
-        return draft.published
-
-    return make
+def dataset(publish_pairs):
+    return lambda judged=THUMBS, pairs=(), memories=(): publish_pairs(pairs, memories=memories, thumbs=judged)
 
 
 def train(registry, dataset, lm, *overrides):

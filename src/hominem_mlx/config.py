@@ -218,6 +218,9 @@ class DualConfig(Section):
     checkpoint: Share = 0.0
     """Share of the blocks computed a second time for their gradient: 1 takes a quarter of the memory and half as much
     time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
+    compile: bool = False
+    """Compile the gradient (`mx.compile`), anew for every set of shapes. Those of one or two rows come again, those of
+    more hardly ever: worth a try on a GPU with small batches. On a Linux CPU it gains nothing and is not done."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     probes: Annotated[int, Field(ge=0)] = 8
@@ -274,6 +277,8 @@ class FullConfig(Section):
     """Memories computed at once; memory for activations grows with it."""
     accumulate: Count = 32
     """Batches a step: their gradient is that of one large batch, at the memory of a small one."""
+    compile: bool = False
+    """As `dual.compile`."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
     log_every: Count = 10

@@ -312,6 +312,7 @@ class Material:
             save_every=settings.save_every,
             blend=settings.blend,
             seed=settings.seed,
+            compile=settings.compile,
         )
 
     # --- rows ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ EQUALITY, PROFILE, GPU = Case("T", 40, 12, 3), B, Case("Q", 200, 60, 4)
 
 OURS, CACHE = ("ours", "ours-plain"), "mlx-tune-cache"
 ALONE = ("equality", "gemm", "profile", "gemm-share")  # called once, and nothing else runs beside them
-BLENDED, DPO = (*OURS, "ours-flat", "ours-checkpointed"), ("mlx-lm-lora", "mlx-tune", CACHE)
+BLENDED, DPO = (*OURS, "ours-flat", "ours-checkpointed"), ("mlx-lm-lora", "mlx-tune", CACHE, "trl")
 SFT = ("ours-sft", "ours-sft-plain", "mlx-lm")
 LOSS = dict.fromkeys(BLENDED, ("dpo", "sft")) | dict.fromkeys(DPO, ("dpo",)) | dict.fromkeys(SFT, ("sft_tokens",))
 MIB = 2**20
@@ -29,10 +29,11 @@ MIB = 2**20
 
 def needs(only: Sequence[str]) -> dict[Case, list[str]]:
     """The paths that these figures need, by case, in the order in which to run them."""
+    torch = {B: ["trl"], B_LONG: ["trl"]}  # a row in the table; no figure hangs on it
     wanted: dict[str, dict[Case, Sequence[str]]] = {
         "B1": {EQUALITY: ["equality"]},
-        "B2": {case: [*OURS, "mlx-lm-lora"] for case in (B, B_LONG, A)} | {A_LONG: ["ours"]},
-        "B3": {case: [*OURS, "mlx-tune", CACHE] for case in (B, B_LONG, A, T, T_LONG)},
+        "B2": {case: [*OURS, "mlx-lm-lora", *torch.get(case, [])] for case in (B, B_LONG, A)} | {A_LONG: ["ours"]},
+        "B3": {case: [*OURS, "mlx-tune", CACHE, *torch.get(case, [])] for case in (B, B_LONG, A, T, T_LONG)},
         "B4": {A: ["ours", "mlx-lm-lora"], B: ["ours-checkpointed", "ours-flat", "mlx-lm-lora"]},
         "B5": {B: ["ours", "mlx-lm-lora"]},
         "B6": {B: ["ours-sft", "ours-sft-plain", "mlx-lm"]},
@@ -104,9 +105,9 @@ class Results:
             "seconds": found.median,
             "spread": [min(found.seconds), max(found.seconds)],
             "cpu_seconds": statistics.median(found.cpu_seconds),
-            "peak_mib": found.peak / MIB,
-            "resident_mib": found.resident / MIB,
         }
+        if path != "trl":  # MLX counts its own memory only
+            row |= {"peak_mib": found.peak / MIB, "resident_mib": found.resident / MIB}
         if path in LOSS:
             naive = sum(self.naive[case][term] for term in LOSS[path])
             row |= {"loss": found.given, "naive_loss": naive, "loss_difference": found.given - naive}

@@ -4,13 +4,17 @@ Their trainers keep the step itself as a closure inside a loop that loads data, 
 are repeated here, each naming the place it stands for. Learning rate, optimiser and adapter are the same on all sides.
 """
 
+import os
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from bench_models import BETA, RATE, Pair, Shape, add_adapter, make_model
+import numpy as np
+from bench_models import BETA, RANK, RATE, SCALE, Pair, Shape, add_adapter, make_model
+from mlx.utils import tree_flatten
 
 
 def _adam(model: nn.Module) -> optim.Optimizer:
@@ -161,3 +165,87 @@ class MlxTuneDpo:
             mx.eval(self.state, loss)
             total += loss.item()
         return total / len(starts)
+
+
+class TrlDpo:
+    """TRL on torch: `DPOTrainer.training_step` in float32 on a thread a core, reference precomputed, no checkpointing.
+
+    It is given tokens, so its tokenising is left out; the rest is its own. Padding-free batches it has switched off.
+    """
+
+    def __init__(self, shape: Shape, pairs: Sequence[Pair]):
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from tokenizers import Tokenizer
+        from tokenizers.models import WordLevel
+        from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+        from trl import DPOConfig, DPOTrainer
+
+        class OfTokens(DPOTrainer):
+            def _prepare_dataset(self, dataset, *rest):
+                return dataset
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                hidden_size=shape.hidden,
+                num_hidden_layers=shape.layers,
+                intermediate_size=shape.ffn,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                rms_norm_eps=1e-6,
+                vocab_size=shape.vocab,
+                max_position_embeddings=4096,
+                rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                tie_word_embeddings=True,
+            )
+        )
+        ours = make_model(shape)
+        model.load_state_dict(_as_torch(ours.parameters()), strict=False)  # all but the output layer, which is tied
+        columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+        with tempfile.TemporaryDirectory() as folder:
+            self.trainer = OfTokens(
+                model,
+                args=DPOConfig(
+                    folder,
+                    beta=BETA,
+                    learning_rate=RATE,
+                    per_device_train_batch_size=len(pairs),
+                    max_length=None,
+                    precompute_ref_log_probs=True,
+                    gradient_checkpointing=False,
+                    bf16=False,
+                    use_cpu=mx.default_device() == mx.cpu,
+                    report_to="none",
+                ),
+                train_dataset=Dataset.from_list(
+                    [dict(zip(columns, (pair.prompt, pair.chosen, pair.rejected))) for pair in pairs]
+                ),
+                processing_class=PreTrainedTokenizerFast(
+                    tokenizer_object=Tokenizer(WordLevel({"padding": 0})), pad_token="padding"
+                ),
+                peft_config=LoraConfig(
+                    r=RANK, lora_alpha=RANK * SCALE, target_modules="all-linear", task_type="CAUSAL_LM"
+                ),
+            )
+        theirs = dict(self.trainer.model.named_parameters())
+        for name, value in _as_torch(add_adapter(ours).trainable_parameters()).items():
+            layer, _, factor = name.rpartition(".lora_")
+            theirs[f"base_model.model.{layer}.lora_{factor.upper()}.default.weight"].data.copy_(value.T)
+        self.optimizer = self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1  # `_inner_training_loop` sets it for every step
+
+    def __call__(self) -> float:
+        loss = self.trainer.training_step(self.trainer.model, next(iter(self.trainer.get_train_dataloader())))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def _as_torch(parameters: dict) -> dict:
+    """By name, copied."""
+    import torch
+
+    return {name: torch.from_numpy(np.array(value)) for name, value in tree_flatten(parameters)}

@@ -24,12 +24,18 @@ class CannotRun(Exception):
     """Why a path gave no measurement."""
 
 
+def interpreter(path: str) -> str:
+    """The Python of a path: TRL may have a `.venv-bench-trl`, since mlx-tune wants another release of datasets."""
+    own = HERE.parent / f".venv-bench-{path}" / "bin" / "python"
+    return str(own) if own.exists() else sys.executable
+
+
 class Worker:
     """A path in its own process."""
 
     def __init__(self, path: str, case: Case):
         self.path = path
-        command = [sys.executable, str(HERE / "bench_worker.py"), json.dumps({"path": path, **asdict(case)})]
+        command = [interpreter(path), str(HERE / "bench_worker.py"), json.dumps({"path": path, **asdict(case)})]
         source = os.pathsep.join([str(HERE.parent / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             command,

@@ -22,8 +22,8 @@ from bench_worker import installed
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 VENV, LOCK = ROOT / ".venv-bench", ROOT / "requirements-bench.lock"
+TRL_VENV = ROOT / ".venv-bench-trl"
 VERSIONS = ("mlx", "mlx-lm", "mlx-lm-lora", "mlx-tune", "trl", "torch")
-TRL = "TRL on torch: in no lock, since trl and mlx-tune want different releases of datasets"
 LAST_START = 37  # minutes after which no case is begun, so that the run ends within 45
 
 
@@ -84,7 +84,9 @@ def measure(only: list[str], rounds: int, path: Path) -> dict[str, Any]:
     from hominem_mlx.files import write_json
 
     began, results = time.perf_counter(), Results()
-    report: dict[str, Any] = {"machine": machine(), "versions": {name: installed(name) for name in VERSIONS}}
+    apart = [str(folder) for folder in TRL_VENV.glob("lib/python*/site-packages")]
+    versions = {name: installed(name) or installed(name, apart) for name in VERSIONS}
+    report: dict[str, Any] = {"machine": machine(), "versions": versions}
     for case, paths in needs(only).items():
         minutes = (time.perf_counter() - began) / 60
         if case == GPU and mx.default_device() != mx.gpu:
@@ -97,7 +99,7 @@ def measure(only: list[str], rounds: int, path: Path) -> dict[str, Any]:
         report["minutes"] = (time.perf_counter() - began) / 60
         report["figures"] = {name: entry for group in only for name, entry in MAKE[group](results).items()}
         report["measurements"] = results.table()
-        report["did_not_run"] = [*sorted(set(results.reasons.values())), TRL]
+        report["did_not_run"] = sorted(set(results.reasons.values()))
         write_json(path, report)
     return report
 
@@ -141,10 +143,11 @@ def markdown(report: dict[str, Any]) -> str:
         rate = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else ""
         off = f"{row['loss_difference']:.1e}" if "loss_difference" in row else ""
         share = f"{row['gemm_share']:.2f}" if "gemm_share" in row else ""
+        peak, resident = (f"{row[name]:.0f}" if name in row else "" for name in ("peak_mib", "resident_mib"))
         low, high = row["spread"]
         lines.append(
             f"| {row['case']} | {row['path']} | {row['seconds']:.3f} | {low:.3f} to {high:.3f} | {rate} | {share} "
-            f"| {row['peak_mib']:.0f} | {row['resident_mib']:.0f} | {off} |"
+            f"| {peak} | {resident} | {off} |"
         )
     return "\n".join(lines)
 

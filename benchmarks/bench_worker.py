@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from importlib.metadata import distributions
 
 PATHS = {  # name: module, class, its arguments, the package it needs (None: our own)
     "ours": ("bench_ours", "Blended", {}, None),
@@ -31,15 +32,13 @@ PATHS = {  # name: module, class, its arguments, the package it needs (None: our
     "mlx-lm-lora": ("bench_peers", "MlxLmLoraDpo", {}, "mlx-lm-lora"),
     "mlx-tune": ("bench_peers", "MlxTuneDpo", {"together": True}, "mlx-tune"),
     "mlx-tune-cache": ("bench_peers", "MlxTuneDpo", {"together": False}, "mlx-tune"),
+    "trl": ("bench_peers", "TrlDpo", {}, "trl"),
 }
 
 
-def installed(package: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def installed(package: str, folders: Sequence[str] = ()) -> str | None:
+    """Its version, or None; looked for in these folders, by default where this Python looks."""
+    return next((found.version for found in distributions(name=package, path=[*folders] or sys.path)), None)
 
 
 def take_openblas() -> None:

@@ -31,7 +31,7 @@ from bench_models import Case
 SMALL = Case("T", 24, 8, 3)
 TINY = bench_models.SHAPES["T"]
 ONE_COPY = 4 * (TINY.weights + 3 * TINY.adapter)  # base, adapter and what Adam keeps of it
-NEIGHBOURS = ("mlx-lm", "mlx-lm-lora", "mlx-tune", "mlx-tune-cache")
+NEIGHBOURS = ("mlx-lm", "mlx-lm-lora", "mlx-tune", "mlx-tune-cache", "trl")
 
 
 class Here:
@@ -85,6 +85,7 @@ def test_every_figure_is_written_and_those_that_need_neighbours_say_why_they_are
     rows = {row["path"]: row for row in report["measurements"]}
     ours = {"ours", "ours-plain", "ours-flat", "ours-checkpointed", "ours-sft", "ours-sft-plain"}
     assert {*ours, "together", "one-by-one"} == set(rows)
+    assert "trl: is not installed" in report["did_not_run"]
     losses = {path: row["loss_difference"] for path, row in rows.items() if "loss_difference" in row}
     assert set(losses) == ours and max(map(abs, losses.values())) < 1e-5
     assert bench_train.markdown(report).count("\n| ") >= len(figures) + len(rows)
@@ -95,6 +96,37 @@ def test_a_worker_steps_in_its_own_process_and_a_missing_neighbour_is_named():
     assert losses["dpo"] > 0 and losses["sft"] > 0
     with pytest.raises(bench_runs.CannotRun, match="mlx-tune is not installed"):
         bench_runs.once("mlx-tune", SMALL)
+
+
+def test_trl_has_an_environment_of_its_own_where_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_runs, "HERE", tmp_path / "benchmarks")
+    assert bench_runs.interpreter("trl") == sys.executable
+    python = tmp_path / ".venv-bench-trl" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert bench_runs.interpreter("trl") == str(python)
+    assert bench_runs.interpreter("mlx-tune") == sys.executable
+
+
+def test_a_missing_trl_is_the_reason(monkeypatch):
+    monkeypatch.setattr(bench_worker, "installed", lambda package: None)
+    with pytest.raises(ModuleNotFoundError, match="trl is not installed"):
+        bench_worker.build({"path": "trl", **vars(SMALL)})
+
+
+@pytest.mark.skipif(
+    not (bench_worker.installed("trl") or (bench_train.TRL_VENV / "bin" / "python").exists()),
+    reason="trl is not installed",
+)
+def test_the_loss_of_trl_is_that_of_the_formula():
+    assert bench_runs.once("trl", SMALL) == pytest.approx(bench_runs.once("naive", SMALL)["dpo"], abs=1e-5)
+
+
+def test_installed_tells_the_version_of_what_is_there(tmp_path):
+    assert bench_worker.installed("mlx") and bench_worker.installed("mlx", [str(tmp_path)]) is None
+    (tmp_path / "some_thing-1.2.dist-info").mkdir()
+    (tmp_path / "some_thing-1.2.dist-info" / "METADATA").write_text("Name: some-thing\nVersion: 1.2\n")
+    assert bench_worker.installed("some-thing", [str(tmp_path)]) == "1.2"
 
 
 def test_the_measured_step_is_that_of_the_recipe(small):

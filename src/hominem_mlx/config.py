@@ -232,6 +232,9 @@ class DualConfig(AdapterConfig):
     memory_gb: NonNegative | None = None
     """Most memory that training may take, in GB (1e9 bytes); 0: what this machine has. Chunks of logits, checkpoints
     and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it."""
+    compile: bool = False
+    """Compile the gradient (`mx.compile`), anew for every set of shapes. Those of one or two rows come again, those of
+    more hardly ever: worth a try on a GPU with small batches. On a Linux CPU it gains nothing and is not done."""
     eval_every: Count = 50
     """Steps between looks at the validation part."""
     probes: Annotated[int, Field(ge=0)] = 8
@@ -282,6 +285,8 @@ class FullConfig(Section):
     """Memories computed at once; memory for activations grows with it."""
     accumulate: Count = 32
     """Batches a step: their gradient is that of one large batch, at the memory of a small one."""
+    compile: bool = False
+    """As `dual.compile`."""
     max_tokens: Count = 2048
     """Longest row; the prompt is cut from its start, a reply never without saying so."""
     log_every: Count = 10

@@ -61,6 +61,11 @@ def pad_to() -> int:
     return 1 if _on_linux_cpu() else 16
 
 
+def compiles() -> bool:
+    """Whether a compiled gradient may be quicker: on a Linux CPU it is not, and each kind of batch costs seconds."""
+    return not _on_linux_cpu()
+
+
 def a_pass(weights: int) -> float:
     """What a pass through the blocks of a model costs beside its tokens, in tokens.
 

@@ -132,6 +132,7 @@ def _plan(settings: FullConfig, batches: int) -> Plan:
         eval_every=settings.log_every,
         save_every=settings.save_every,
         accumulate=settings.accumulate,
+        compile=settings.compile,
     )
 
 

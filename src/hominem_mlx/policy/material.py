@@ -161,6 +161,7 @@ class Material:
             blend=settings.blend,
             seed=settings.seed,
             accumulate=self.parts.micro_batches,
+            compile=settings.compile,
         )
 
     def _weigh(self, memories: int, pairs: int, thumbs: int) -> tuple[float, float, float]:

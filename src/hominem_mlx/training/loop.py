@@ -16,8 +16,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from hominem_mlx.errors import TrainingError
 from hominem_mlx.files import append_jsonl
+from hominem_mlx.models.platform import compiles
 from hominem_mlx.models.seeding import seeded
 from hominem_mlx.training import blend, kept
+from hominem_mlx.training.compiled import compiled
 from hominem_mlx.training.parallel import ALONE, Ranks
 
 CHECKPOINT, METRICS = "checkpoint.safetensors", "metrics.jsonl"
@@ -40,6 +42,8 @@ class Plan:
     seed: int = 0  # of the draw between alternating channels
     accumulate: int = 1
     """Micro-batches a step, for batches that do not fit at once: step s takes `batch_at` of s * accumulate and on."""
+    compile: bool = False
+    """Compile gradients where that may pay (`platform.compiles`)."""
 
     def schedule(self) -> Callable[[mx.array], mx.array]:
         """Linear warm-up, then cosine down to a tenth of the peak."""
@@ -192,9 +196,12 @@ class _Lessons:
     def __init__(self, model: nn.Module, channels: list[Channel], plan: Plan, ranks: Ranks):
         self.model, self.channels, self.plan, self.ranks = model, channels, plan, ranks
         self.parameters = [name for name, _ in tree_flatten(model.trainable_parameters())]
-        self.passes = {
-            channel.name: _in_training(model, nn.value_and_grad(model, channel.loss)) for channel in channels
-        }
+        self.passes = {}
+        for channel in channels:
+            value_and_grad = nn.value_and_grad(model, channel.loss)
+            if plan.compile and compiles():
+                value_and_grad = compiled(model, value_and_grad)
+            self.passes[channel.name] = _in_training(model, value_and_grad)
         self.weights = {channel.name: channel.weight for channel in channels if not channel.follows}
 
     def turn(self, step: int) -> str:

@@ -79,6 +79,10 @@ class TeacherConfig(Section):
     """Retries of the client library on 408, 409, 429, 5xx and dropped connections."""
     rate_mode: Literal["shuffled", "single"] = "shuffled"
     """All dimensions in one call in a shuffled order, or one dimension a call (dearer, less halo)."""
+    batch: bool = False
+    """Ask by the Message Batches interface: half the price, an answer within 24 hours; Anthropic's own servers only."""
+    batch_poll_seconds: Positive = 30.0
+    """Between looks at a batch."""
     usd_per_million_input: NonNegative = 0.0
     """Price, for the estimate; prices change, so they are yours to set."""
     usd_per_million_output: NonNegative = 0.0

@@ -15,6 +15,7 @@ KINDS = ("prompts", "trajectories", "labels", "preferences", "thumbs", "memory",
 NO_LABELS = "there are no labels in the home yet: `hominem data import --starter`, or `hominem data rate`"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 YES = click.option("--yes", is_flag=True, help="Agree beforehand to what the estimate says.")
+BATCH = click.option("--batch", is_flag=True, help="At half the price, within a day: Anthropic's message batches.")
 MAX_COST = click.option("--max-cost", metavar="USD", type=click.FloatRange(0), help="Send nothing if it may cost more.")
 
 
@@ -44,10 +45,11 @@ def generate(session: Session) -> None:
 
 @data.command()
 @click.option("--starter", is_flag=True, help="Also for the bundled prompts that are in the home.")
+@BATCH
 @YES
 @MAX_COST
 @shares()
-def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -> None:
+def sample(session: Session, starter: bool, batch: bool, yes: bool, max_cost: float | None) -> None:
     """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
 
     For your own prompts, imported or generated: data.candidates each, data.student_candidates of them by the student.
@@ -56,7 +58,7 @@ def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -
     from hominem_mlx.data import sampler
     from hominem_mlx.data.teacher import open_teacher
 
-    _limit(session, max_cost)
+    _limit(session, max_cost, batch)
     teacher = open_teacher(session.config, session.home)
     student = session.generator if session.config.data.student_candidates else None
     cost = sampler.cost(session.home, session.config, teacher, student=student, starter=starter)
@@ -72,19 +74,21 @@ def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -
 
 
 @data.command()
+@BATCH
 @YES
 @MAX_COST
 @shares()
-def rate(session: Session, yes: bool, max_cost: float | None) -> None:
+def rate(session: Session, batch: bool, yes: bool, max_cost: float | None) -> None:
     """Ask the teacher for seven dimensions, intensity, safety and a reason for every reply without a label.
 
     Every answer is stored as it arrives: a stopped run goes on where it was and pays for nothing twice. Before anything
-    leaves this machine the cost is estimated and you are asked.
+    leaves this machine the cost is estimated and you are asked. The wait for a --batch may be ended with Ctrl-C; the
+    same command goes on waiting.
     """
     from hominem_mlx.data import rater
     from hominem_mlx.data.teacher import open_teacher
 
-    _limit(session, max_cost)
+    _limit(session, max_cost, batch)
     teacher = open_teacher(session.config, session.home)
     _agree(session, teacher, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
     with session.console.progress() as report:
@@ -245,24 +249,33 @@ def import_(session: Session, file: str | None, starter: bool, kind: str | None,
     )
 
 
-def _limit(session: Session, max_cost: float | None) -> None:
+def _limit(session: Session, max_cost: float | None, batch: bool) -> None:
     if max_cost is not None:
         session.override(f"teacher.max_cost_usd={max_cost}")
+    if batch:
+        session.override("teacher.batch=true")
 
 
 def _agree(session: Session, teacher: "Teacher", cost: "Cost", what: str, yes: bool) -> None:
     """Refuse what is too dear; else say what a teacher behind HTTP will be sent, and ask before anything leaves."""
     from urllib.parse import urlsplit
 
-    from hominem_mlx.data.teacher import CLOUD, refuse_if_dear
+    from hominem_mlx.data.teacher import refuse_if_dear
+    from hominem_mlx.data.wire import CLOUD
 
     settings = session.config.teacher
-    if settings.kind != "anthropic" or not cost.requests:
+    if settings.kind != "anthropic":
+        return
+    if cost.under_way:
+        session.console.note(f"{cost.under_way} answers are under way in batches sent before: they are waited for.")
+    if not cost.requests:
         return
     refuse_if_dear(teacher, cost)
     host = urlsplit(settings.base_url or CLOUD).hostname
     unknown = "price not known: set teacher.usd_per_million_input and _output"
     price = unknown if cost.usd is None else f"at most {cost.usd:.2f} USD"
+    if settings.batch:
+        price += ", the half price of a batch" * (cost.usd is not None)
     session.console.note(
         f"{cost.requests} requests to {settings.model} at {host} ({cost.stored} more are answered already): "
         f"{cost.input_tokens:,} tokens in, at most {cost.output_tokens:,} out, {price}."

@@ -35,6 +35,7 @@ FILES: dict[type[Record], str] = {
     Fixture: "data/raw/fixtures.jsonl",
 }
 ANSWERS = "data/raw/teacher_answers.jsonl"
+BATCHES = "data/raw/teacher_batches.jsonl"
 UNLABELLED = "data/labeled/unlabelled.jsonl"
 UNSAMPLED = "data/raw/unsampled.jsonl"
 STARTER = Path(__file__).parents[1] / "starter"

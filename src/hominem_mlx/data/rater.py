@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
-from hominem_mlx.data.answers import Progress, ask_all
+from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
@@ -55,7 +55,7 @@ def rate(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
             for row, parts in zip(todo, calls)
             for dimensions, overall in parts
         ]
-        answers = iter(ask_all(jobs, concurrency=teacher.concurrency, stage="rate", progress=progress))
+        answers = iter(ask(teacher, jobs, stage="rate", progress=progress))
         done = Rated(kept=kept)
         new, open_items = [], []
         for row, parts in zip(todo, calls):
@@ -166,7 +166,7 @@ def compare_pairs(
             functools.partial(teacher.prefers, prompt, first, second),
             functools.partial(teacher.prefers, prompt, second, first),
         ]
-    answers = ask_all(jobs, concurrency=teacher.concurrency, stage="compare", progress=progress)
+    answers = ask(teacher, jobs, stage="compare", progress=progress)
     result = Comparison(probabilities=[], position_bias=None, consistent=None)
     shown_first, agree = [], []
     for index in range(len(pairs)):

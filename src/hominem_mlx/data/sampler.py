@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
-from hominem_mlx.data.answers import AnswerStore, Progress, ask_all
+from hominem_mlx.data.answers import AnswerStore, Progress, ask
 from hominem_mlx.data.prompts import STARTER_SOURCE, Material, Persona
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
@@ -69,7 +69,7 @@ def sample(
         texts: dict[str, str | NoAnswer] = dict(
             zip(
                 [slot.id for slot in asked],
-                ask_all(jobs, concurrency=teacher.concurrency, stage="sample", progress=progress),
+                ask(teacher, jobs, stage="sample", progress=progress),
             )
         )
         own = [slot for slot in slots if slot.labeller == STUDENT]

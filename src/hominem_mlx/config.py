@@ -100,6 +100,8 @@ class DataConfig(Section):
     """Candidate replies a prompt; good, bad and ambiguous ones are asked for by name."""
     student_candidates: Annotated[int, Field(ge=0, le=32)] = 2
     """Of these, replies by the student itself (on-policy)."""
+    edits: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] = 0.3
+    """Share of all candidates that `data sample --edits` makes contrast edits: copies worse in one dimension only."""
     seed: int = 0
     """Seed of every draw in `data`."""
 

@@ -8,6 +8,9 @@ import click
 from hominem_mlx.cli.session import InOrder, Session, shares
 
 if TYPE_CHECKING:
+    from hominem_mlx.data.again import Again
+    from hominem_mlx.data.comparing import Compared
+    from hominem_mlx.data.rater import Rated
     from hominem_mlx.data.teacher import Cost
     from hominem_mlx.schema import Teacher
 
@@ -45,26 +48,40 @@ def generate(session: Session) -> None:
 
 @data.command()
 @click.option("--starter", is_flag=True, help="Also for the bundled prompts that are in the home.")
+@click.option(
+    "--edits", is_flag=True, help="Copies of the replies there are, worse in one dimension only (data.edits)."
+)
 @BATCH
 @YES
 @MAX_COST
 @shares()
-def sample(session: Session, starter: bool, batch: bool, yes: bool, max_cost: float | None) -> None:
+def sample(session: Session, starter: bool, edits: bool, batch: bool, yes: bool, max_cost: float | None) -> None:
     """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
 
     For your own prompts, imported or generated: data.candidates each, data.student_candidates of them by the student.
     What is there already stays.
     """
+    from hominem_mlx.data import edits as editing
     from hominem_mlx.data import sampler
     from hominem_mlx.data.teacher import open_teacher
 
     _limit(session, max_cost, batch)
-    teacher = open_teacher(session.config, session.home)
-    student = session.generator if session.config.data.student_candidates else None
-    cost = sampler.cost(session.home, session.config, teacher, student=student, starter=starter)
+    config, home = session.config, session.home
+    teacher = open_teacher(config, home)
+    if edits:
+        _agree(session, teacher, editing.cost(home, config, teacher), "prompts and replies", yes)
+        with session.console.progress() as report:
+            made = editing.edit(home, config, teacher, progress=report)
+        session.console.result(made.model_dump(mode="json"))
+        session.console.say(f"{made.made} contrast edits by {teacher.name}, {made.kept} were there already.")
+        _show_failures(session, "without an edit", made.failed)
+        session.console.say("Next: hominem data rate")
+        return
+    student = session.generator if config.data.student_candidates else None
+    cost = sampler.cost(home, config, teacher, student=student, starter=starter)
     _agree(session, teacher, cost, "prompts", yes)
     with session.console.progress() as report:
-        done = sampler.sample(session.home, session.config, teacher, student=student, starter=starter, progress=report)
+        done = sampler.sample(home, config, teacher, student=student, starter=starter, progress=report)
     session.console.result(done.model_dump(mode="json"))
     session.console.say(
         f"{done.teacher} replies by {teacher.name}, {done.student} by the student, {done.kept} were there already."
@@ -74,29 +91,39 @@ def sample(session: Session, starter: bool, batch: bool, yes: bool, max_cost: fl
 
 
 @data.command()
+@click.option("--retest", "task", flag_value="retest", help="Ask anew about a tenth of its labels: how sure are they?")
+@click.option("--second", "task", flag_value="second", help="Add its opinion to replies another teacher has labelled.")
+@click.option("--compare", "task", flag_value="compare", help="Compare replies side by side; makes preference pairs.")
 @BATCH
 @YES
 @MAX_COST
 @shares()
-def rate(session: Session, batch: bool, yes: bool, max_cost: float | None) -> None:
+def rate(session: Session, task: str | None, batch: bool, yes: bool, max_cost: float | None) -> None:
     """Ask the teacher for seven dimensions, intensity, safety and a reason for every reply without a label.
 
     Every answer is stored as it arrives: a stopped run goes on where it was and pays for nothing twice. Before anything
     leaves this machine the cost is estimated and you are asked. The wait for a --batch may be ended with Ctrl-C; the
     same command goes on waiting.
+
+    Labels by several teachers become one, each weighed by how well it agrees with itself (--retest of each, then
+    --second). `hominem data stats` shows these reliabilities.
     """
-    from hominem_mlx.data import rater
+    from hominem_mlx.data import again, comparing, rater
     from hominem_mlx.data.teacher import open_teacher
 
     _limit(session, max_cost, batch)
-    teacher = open_teacher(session.config, session.home)
-    _agree(session, teacher, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
+    config, home = session.config, session.home
+    teacher = open_teacher(config, home)
+    costs = {"retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost, None: rater.cost}
+    _agree(session, teacher, costs[task](home, config, teacher), "prompts and replies", yes)
     with session.console.progress() as report:
-        done = rater.rate(session.home, session.config, teacher, progress=report)
-    session.console.result(done.model_dump(mode="json"))
-    session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
-    _show_failures(session, "without a label; the next run asks again", done.unlabelled)
-    session.console.say("Next: hominem data verify")
+        if task == "compare":
+            _show_compared(session, comparing.compare(home, config, teacher, progress=report))
+        elif task is not None:
+            ask = again.retest if task == "retest" else again.second
+            _show_again(session, teacher, task, ask(home, config, teacher, progress=report))
+        else:
+            _show_rated(session, teacher, rater.rate(home, config, teacher, progress=report))
 
 
 @data.command()
@@ -200,25 +227,58 @@ def pair(session: Session) -> None:
 @data.command()
 @shares()
 def stats(session: Session) -> None:
-    """Count rows and labellers, and show how every number is distributed, over all labels and by category."""
+    """Count rows and labellers, show how every number is distributed and how reliable it is; then the halo gate.
+
+    Exit code 1 when the labels are one impression under several names (fewer than 2.5 independent directions of 7, or
+    a mean correlation above 0.7) or a dimension is the same everywhere: then nothing should be trained on them.
+    """
     from collections import Counter
 
+    from hominem_mlx.data import again, agreement
     from hominem_mlx.data import home as homes
+    from hominem_mlx.data.verifier import halo
     from hominem_mlx.data.verifier import stats as distributions
+    from hominem_mlx.errors import NotGoodEnough
     from hominem_mlx.records import Label
 
     counts = {Path(file).name: len(homes.read(session.home, model)) for model, file in homes.FILES.items()}
     labels = homes.read(session.home, Label)
     labellers = dict(Counter(label.labeller for label in labels).most_common())
     found = [stat.model_dump(mode="json") for stat in distributions(labels)]
-    session.console.result({"rows": counts, "labellers": labellers, "numbers": found})
+    retests = homes.read_aside(session.home, homes.RETESTS)
+    reliable = [r.model_dump() for r in agreement.reliabilities(again.first_ratings(session.home), retests)]
+    gate = halo(labels)
+    session.console.result(
+        {
+            "rows": counts,
+            "labellers": labellers,
+            "numbers": found,
+            "reliability": reliable,
+            "halo": {**gate.model_dump(), "is_good": gate.is_good},
+        }
+    )
     session.console.table(["file", "rows"], list(counts.items()))
-    if labels:
+    if not labels:
+        return
+    session.console.say()
+    session.console.table(["labelled by", "rows"], list(labellers.items()))
+    session.console.say()
+    columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
+    session.console.table(columns, [list(stat.values()) for stat in found])
+    if reliable:
         session.console.say()
-        session.console.table(["labelled by", "rows"], list(labellers.items()))
-        session.console.say()
-        columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
-        session.console.table(columns, [list(stat.values()) for stat in found])
+        columns = ["asked twice", "number", "rows", "reliability", "highest correlation to reach"]
+        session.console.table(columns, [list(item.values()) for item in reliable])
+    session.console.say()
+    if gate.participation_ratio is not None:
+        session.console.say(
+            f"Halo: {gate.participation_ratio:.2f} independent directions of {len(gate.dimensions)} (at least "
+            f"{gate.wanted:g} wanted), mean correlation {gate.mean_abs_correlation:.2f} (at most 0.7)."
+        )
+    for note in gate.notes:
+        session.console.say(f"Note: {note}.")
+    if not gate.is_good:
+        raise NotGoodEnough("; ".join(gate.faults))
 
 
 @data.command("import")
@@ -230,23 +290,62 @@ def stats(session: Session) -> None:
 )
 @shares(config=False)
 def import_(session: Session, file: str | None, starter: bool, kind: str | None, human: bool) -> None:
-    """Bring in a JSONL file of prompts, labels, memories, preferences, thumbs, questions or fixtures.
+    """Bring in a file of prompts, labels, memories, preferences, thumbs, questions or fixtures.
 
-    FILE is taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
+    FILE is JSONL, an export of Open WebUI (.json: what you rated there), or a list of prompts (.txt, one a line). It is
+    taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
     """
+    from collections import Counter
+
     from hominem_mlx.data.dataset import import_file, import_starter
 
     if (file is None) != starter:
         raise click.UsageError("name a FILE, or say --starter")
+    left_out: Counter[str] = Counter()
     if file is None:
         counts = import_starter(session.home)
     else:
-        counts = import_file(session.home, Path(file), kind, labeller="human" if human else None)
-    session.console.result(counts)
+        labeller = "human" if human else None
+        counts = import_file(session.home, Path(file), kind, labeller=labeller, left_out=left_out)
+    session.console.result({**counts, "left_out": dict(left_out)} if left_out else counts)
     session.console.table(
         ["rows", "added", "replaced", "kept as they were"],
         [[name, count["added"], count["replaced"], count["kept"]] for name, count in counts.items()],
     )
+    for reason, count in left_out.items():
+        session.console.say(f"Left out: {count} {reason}.")
+
+
+def _show_rated(session: Session, teacher: "Teacher", done: "Rated") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
+    _show_failures(session, "without a label; the next run asks again", done.unlabelled)
+    session.console.say("Next: hominem data verify")
+
+
+def _show_again(session: Session, teacher: "Teacher", task: str, done: "Again") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    what = "rated a second time" if task == "retest" else "rated beside another teacher"
+    session.console.say(f"{done.rated} replies {what} by {teacher.name}, {done.kept} had been before.")
+    _show_failures(session, "without an answer; the next run asks again", done.unanswered)
+    if done.unknown:
+        names = ", ".join(done.unknown)
+        session.console.say(
+            f"How reliable {names} is, is not known: all count alike until `data rate --retest` with it."
+        )
+    session.console.say("Next: hominem data stats")
+
+
+def _show_compared(session: Session, done: "Compared") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.pairs} preference pairs added; {done.undecided} pairs were judged alike.")
+    if done.consistent is not None:
+        session.console.say(
+            f"{done.consistent:.0%} of the pairs got the same verdict in both orders; the reply shown first was "
+            f"favoured by {done.position_bias:+.2f}."
+        )
+    _show_failures(session, "pairs without an answer; the next run asks again", done.unanswered)
+    session.console.say("Next: hominem data split")
 
 
 def _limit(session: Session, max_cost: float | None, batch: bool) -> None:

@@ -41,7 +41,13 @@ class LocalTeacher:
 
     def sample(self, prompt: str, *, persona: str, instruction: str, index: int) -> str:
         """One sampled reply; its seed comes from the question, so equal questions get equal replies."""
-        question = questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index)
+        return self._write(questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index))
+
+    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
+        """The reply made worse in one dimension, sampled likewise."""
+        return self._write(questions.editing_question(prompt, response, dimension))
+
+    def _write(self, question: questions.Question) -> str:
         seed = int(sha256_json([question.system, question.user])[:8], 16)
 
         def ask() -> dict:
@@ -56,10 +62,26 @@ class LocalTeacher:
             raise NoAnswer("the model answered with nothing")
         return text
 
-    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> Rating:
-        """Expected values over the scale, one question a number; there is no rationale."""
+    def rate(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        dimensions: Sequence[Dimension],
+        overall: bool = True,
+        repeat: int = 0,
+        beside: tuple[str, Rating] | None = None,
+    ) -> Rating:
+        """Expected values over the scale, one question a number; there is no rationale.
+
+        The same words would get the same answer, so every other repeat asks with the scale turned round. A changed copy
+        is judged by itself: there is no noise that seeing its original would take away.
+        """
         asked = {d.name: (d.question, d.low, d.high) for d in dimensions} | (OVERALL if overall else {})
-        values = {name: self._expected(prompt, response, *texts) for name, texts in asked.items()}
+        if repeat % 2:
+            values = {n: -self._expected(prompt, response, text, high, low) for n, (text, low, high) in asked.items()}
+        else:
+            values = {name: self._expected(prompt, response, *texts) for name, texts in asked.items()}
         rest = {name: values.pop(name) for name in OVERALL if name in values}
         if "reward_intensity" in rest:
             rest["reward_intensity"] = (rest["reward_intensity"] + 1) / 2  # from [-1, 1] to [0, 1]

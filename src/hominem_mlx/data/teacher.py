@@ -31,7 +31,9 @@ def open_teacher(config: Config, home: Path) -> Teacher:
     """
     kind, model = config.teacher.kind, config.teacher.model
     if config.teacher.batch and kind != "anthropic":
-        raise TeacherError(f"teacher.kind = {kind} answers at once: batches (--batch) need teacher.kind = anthropic")
+        raise TeacherError(
+            f"teacher.kind = {kind} answers at once; batches (--batch, teacher.batch) need teacher.kind = anthropic"
+        )
     if kind == "recorded":
         return RecordedTeacher(model)
     store = AnswerStore(Path(home) / ANSWERS)
@@ -125,10 +127,26 @@ class AnthropicTeacher:
         question = questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index)
         return self._ask(question, _user(question)).strip()
 
-    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> Rating:
+    def rate(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        dimensions: Sequence[Dimension],
+        overall: bool = True,
+        repeat: int = 0,
+        beside: tuple[str, Rating] | None = None,
+    ) -> Rating:
         """Numbers and a rationale; see `Teacher`."""
-        question = questions.rating_question(prompt, response, dimensions, overall=overall)
+        question = questions.rating_question(
+            prompt, response, dimensions, overall=overall, repeat=repeat, beside=beside
+        )
         return self._ask_twice(question, lambda text: questions.read_rating(question, text))
+
+    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
+        """The reply made worse in one dimension; see `Teacher`."""
+        question = questions.editing_question(prompt, response, dimension)
+        return self._ask(question, _user(question)).strip()
 
     def prefers(self, prompt: str, first: str, second: str) -> float:
         """Probability that `first` is better; see `Teacher`."""
@@ -198,7 +216,8 @@ class AnthropicTeacher:
         }
         if question.schema:
             body["output_config"] = {"format": {"type": "json_schema", "schema": question.schema}}
-        return {"base_url": self._server.url, "body": body}
+        request = {"base_url": self._server.url, "body": body}
+        return request | {"repeat": question.repeat} if question.repeat else request
 
     def _send(self, request: dict) -> dict:
         return self._server.answer(request["body"])

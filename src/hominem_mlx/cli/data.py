@@ -48,19 +48,36 @@ def generate(session: Session) -> None:
 
 @data.command()
 @click.option("--starter", is_flag=True, help="Also for the bundled prompts that are in the home.")
+@click.option("--edits", is_flag=True, help="Copies of the replies there are, worse in one dimension only.")
 @click.option(
-    "--edits", is_flag=True, help="Copies of the replies there are, worse in one dimension only (data.edits)."
+    "--self-play",
+    metavar="N",
+    type=click.IntRange(1),
+    help="No teacher: the student answers, and the N answers two judges differ on most are kept.",
 )
 @BATCH
 @YES
 @MAX_COST
 @shares()
-def sample(session: Session, starter: bool, edits: bool, batch: bool, yes: bool, max_cost: float | None) -> None:
+def sample(
+    session: Session,
+    starter: bool,
+    edits: bool,
+    self_play: int | None,
+    batch: bool,
+    yes: bool,
+    max_cost: float | None,
+) -> None:
     """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
 
     For your own prompts, imported or generated: data.candidates each, data.student_candidates of them by the student.
     What is there already stays.
     """
+    if edits and self_play:
+        raise click.UsageError("--edits needs a teacher, --self-play has none: give one of them")
+    if self_play:
+        _self_play(session, self_play, starter)
+        return
     from hominem_mlx.data import edits as editing
     from hominem_mlx.data import sampler
     from hominem_mlx.data.teacher import open_teacher
@@ -94,11 +111,19 @@ def sample(session: Session, starter: bool, edits: bool, batch: bool, yes: bool,
 @click.option("--retest", "task", flag_value="retest", help="Ask anew about a tenth of its labels: how sure are they?")
 @click.option("--second", "task", flag_value="second", help="Add its opinion to replies another teacher has labelled.")
 @click.option("--compare", "task", flag_value="compare", help="Compare replies side by side; makes preference pairs.")
+@click.option(
+    "--select",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Only the N replies to learn most from: doubtful, unlike labelled ones, or in rare corners.",
+)
 @BATCH
 @YES
 @MAX_COST
 @shares()
-def rate(session: Session, task: str | None, batch: bool, yes: bool, max_cost: float | None) -> None:
+def rate(
+    session: Session, task: str | None, select: int | None, batch: bool, yes: bool, max_cost: float | None
+) -> None:
     """Ask the teacher for seven dimensions, intensity, safety and a reason for every reply without a label.
 
     Every answer is stored as it arrives: a stopped run goes on where it was and pays for nothing twice. Before anything
@@ -108,14 +133,21 @@ def rate(session: Session, task: str | None, batch: bool, yes: bool, max_cost: f
     Labels by several teachers become one, each weighed by how well it agrees with itself (--retest of each, then
     --second). `hominem data stats` shows these reliabilities.
     """
+    if task and select:
+        raise click.UsageError(f"--select chooses among replies without a label, --{task} is about others: give one")
     from hominem_mlx.data import again, comparing, rater
     from hominem_mlx.data.teacher import open_teacher
 
     _limit(session, max_cost, batch)
     config, home = session.config, session.home
     teacher = open_teacher(config, home)
-    costs = {"retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost, None: rater.cost}
-    _agree(session, teacher, costs[task](home, config, teacher), "prompts and replies", yes)
+    only = _select(session, select) if select else None
+    if task is None:
+        cost = rater.cost(home, config, teacher, only=only)
+    else:
+        costs = {"retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost}
+        cost = costs[task](home, config, teacher)
+    _agree(session, teacher, cost, "prompts and replies", yes)
     with session.console.progress() as report:
         if task == "compare":
             _show_compared(session, comparing.compare(home, config, teacher, progress=report))
@@ -123,7 +155,7 @@ def rate(session: Session, task: str | None, batch: bool, yes: bool, max_cost: f
             ask = again.retest if task == "retest" else again.second
             _show_again(session, teacher, task, ask(home, config, teacher, progress=report))
         else:
-            _show_rated(session, teacher, rater.rate(home, config, teacher, progress=report))
+            _show_rated(session, teacher, rater.rate(home, config, teacher, only=only, progress=report))
 
 
 @data.command()
@@ -314,6 +346,50 @@ def import_(session: Session, file: str | None, starter: bool, kind: str | None,
     )
     for reason, count in left_out.items():
         session.console.say(f"Left out: {count} {reason}.")
+
+
+def _select(session: Session, count: int) -> list[str]:
+    """Ids of the candidates from which the reward model in use would learn most, shown with the reasons."""
+    from hominem_mlx.data import rater, selection
+    from hominem_mlx.data.verifier import matrix
+
+    todo, labels, _ = rater.unrated(session.home)
+    if not todo:
+        return []
+    model = session.reward_model()
+    replies, known = ([(row.prompt, row.response) for row in rows] for rows in (todo, labels))
+    with session.console.progress() as report:
+        features = model.read(replies + known, session.home, report)
+    picks = selection.select(
+        count, model.score_many(replies), features[: len(todo)], matrix(labels), features[len(todo) :]
+    )
+    session.console.table(
+        ["to label", "doubt", "unlike others by", "rarity"],
+        [[todo[pick.candidate].id, pick.doubt, pick.novelty, pick.rarity] for pick in picks],
+    )
+    return [todo[pick.candidate].id for pick in picks]
+
+
+def _self_play(session: Session, count: int, starter: bool) -> None:
+    from hominem_mlx.data.dataset import read_labels
+    from hominem_mlx.data.selfplay import play
+    from hominem_mlx.reward.train import fit_audit
+
+    student = session.generator
+    lm = session.__dict__.get("base")
+    model = session.reward_model()
+    labels = read_labels(session.current("dataset", "hominem data split", pointer="labels"), "valid")
+    audit = fit_audit(labels, session.config, home=session.home, lm=lm)
+    with session.console.progress() as report:
+        done = play(session.home, session.config, student, (model, audit), count, starter=starter, progress=report)
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.added} of {done.answers} answers by the student became candidates to label.")
+    if done.mean_disagreement is not None and done.least_kept is not None:
+        session.console.say(
+            f"On them the reward model and an audit judge differ by {done.least_kept:.2f} standard deviations or more; "
+            f"on all by {done.mean_disagreement:.2f} in the mean."
+        )
+    session.console.say("Next: hominem data rate")
 
 
 def _show_rated(session: Session, teacher: "Teacher", done: "Rated") -> None:

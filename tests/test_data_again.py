@@ -76,6 +76,25 @@ def test_the_mix_is_the_mean_weighed_by_precision():
     assert agreement.mix(opinions, dict.fromkeys(weights, 0.0)).empathy == pytest.approx(0.5)
 
 
+def test_another_teachers_scale_is_brought_to_that_of_the_one_who_said_most():
+    values = np.linspace(-0.5, 0.5, 12)
+    mild = [label(str(n), "mild", empathy=float(v), curiosity=0.5) for n, v in enumerate(values)]
+    strict = [label(str(n), "strict", empathy=float(0.5 * v - 0.2), curiosity=0.1) for n, v in enumerate(values[:11])]
+    moved = agreement.on_one_scale([*mild, *strict])
+    assert moved[:12] == mild
+    assert [row.reward.empathy for row in moved[12:]] == pytest.approx(values[:11])
+    assert [row.reward.curiosity for row in moved[12:]] == pytest.approx([0.5] * 11), "a constant is only shifted"
+    few = [*mild, *strict[:9]]
+    assert agreement.on_one_scale(few) == few, "nine in common show nothing"
+    assert agreement.on_one_scale([]) == []
+    steep = [row.model_copy(update={"reward": Reward(empathy=0.01 * row.reward.empathy)}) for row in strict]
+    spread = np.std([row.reward.empathy for row in agreement.on_one_scale([*mild, *steep])[12:]])
+    assert spread == pytest.approx(3 * np.std([row.reward.empathy for row in steep]))
+    wide = [label(str(n), "wide", reward_intensity=0.9 - 0.05 * n) for n in range(12)]
+    low = [label(str(n), "low", reward_intensity=0.3 - 0.02 * n) for n in range(11)]
+    assert min(row.reward.reward_intensity for row in agreement.on_one_scale([*wide, *low])) >= 0
+
+
 def test_no_other_weights_give_a_mean_nearer_to_the_truth():
     """Second implementation: the error of every mean on a grid, on simulated teachers; and Spearman-Brown for twins."""
     rng = np.random.default_rng(1)

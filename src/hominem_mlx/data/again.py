@@ -75,8 +75,8 @@ def first_ratings(home: Path) -> list[Label]:
 def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress | None = None) -> Again:
     """Ask the teacher about candidates that another teacher has labelled; the label becomes what both say together.
 
-    Each teacher counts by its precision in each number (`agreement.mix`); all opinions stay in `opinions.jsonl`. A
-    person's label stays what it is.
+    All are brought to the scale of the teacher that has said most, then each counts by its precision in each number
+    (`agreement`); what each said stays in `opinions.jsonl`. A person's label stays what it is.
     """
     with homes.holding(home, "asking for a second opinion"):
         todo, kept = _others(home, teacher)
@@ -95,7 +95,7 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
         found = agreement.reliabilities([*labels, *opinions], homes.read_aside(home, homes.RETESTS))
         weights = agreement.precisions(found)
         by_place: dict[tuple[str, ...], list[Label]] = {}
-        for row in opinions:
+        for row in agreement.on_one_scale(opinions):
             by_place.setdefault(homes.place(row), []).append(row)
         mixed = [_mixed(row, by_place.get(homes.place(row), []), weights) for row in labels]
         if mixed != labels:

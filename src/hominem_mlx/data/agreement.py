@@ -18,6 +18,7 @@ from hominem_mlx.schema import MANIFOLD
 
 NUMBERS = (*MANIFOLD.names, "scalar", "reward_intensity", "safety_score")
 MIN_ROWS = 10  # fewer pairs of ratings say nothing of a correlation
+STEEPEST = 3.0  # by which equating may widen or narrow a scale: more is no scale but a constant
 MOST_RELIABLE = 0.95  # few retests can show a correlation of 1; no teacher is to count for everything
 
 
@@ -66,6 +67,49 @@ def precision(reliability: float) -> float:
 def precisions(found: Sequence[Reliability]) -> dict[tuple[str, str], float]:
     """Weights by `(labeller, number)`, where a reliability is known."""
     return {(i.labeller, i.number): precision(i.reliability) for i in found if i.reliability is not None}
+
+
+def on_one_scale(opinions: Sequence[Label]) -> list[Label]:
+    """The same opinions with every teacher's numbers brought to the scale of the one that has rated most replies.
+
+    A strict teacher and a mild one differ by more than noise; mixed as they are, whether a reply had a second opinion
+    would show in its label. Over the replies both have rated a number gets the reference's mean and spread (linear
+    equating: Kolen and Brennan 2014, ch. 2); where these are fewer than `MIN_ROWS` it stays what it is.
+    """
+    by_teacher: dict[str, dict[tuple[str, str], Label]] = {}
+    for row in opinions:
+        by_teacher.setdefault(row.labeller, {})[row.prompt, row.response] = row
+    reference = min(by_teacher, key=lambda name: (-len(by_teacher[name]), name), default="")
+    moves = {
+        (teacher, name): _move([_pair(row, by_teacher[reference].get(place), name) for place, row in rows.items()])
+        for teacher, rows in by_teacher.items()
+        for name in NUMBERS
+        if teacher != reference
+    }
+    found = []
+    for row in opinions:
+        numbers = row.reward.model_dump(exclude_none=True)
+        for name, value in numbers.items():
+            slope, shift = moves.get((row.labeller, name), (1.0, 0.0))
+            low = 0.0 if name == "reward_intensity" else -1.0
+            numbers[name] = min(1.0, max(low, slope * value + shift))
+        found.append(row.model_copy(update={"reward": Reward(**numbers)}))
+    return found
+
+
+def _pair(row: Label, other: Label | None, name: str) -> tuple[float, float] | None:
+    one, two = _number(row, name), _number(other, name) if other else None
+    return None if one is None or two is None else (one, two)
+
+
+def _move(pairs: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
+    """Slope and shift that give the first numbers the mean and spread of the second."""
+    both = np.array([pair for pair in pairs if pair is not None], float).reshape(-1, 2)
+    if len(both) < MIN_ROWS:
+        return 1.0, 0.0
+    (mean, target), (spread, wanted) = both.mean(axis=0), both.std(axis=0)
+    slope = float(np.clip(wanted / spread, 1 / STEEPEST, STEEPEST)) if min(spread, wanted) > 1e-6 else 1.0
+    return slope, float(target - slope * mean)
 
 
 def mix(opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> Reward:

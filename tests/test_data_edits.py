@@ -6,7 +6,7 @@ import pytest
 
 from fake_teacher import FakeTeacher
 from hominem_mlx.config import load_config
-from hominem_mlx.data import comparing, edits, questions, rater
+from hominem_mlx.data import comparing, edits, questions, rater, verifier
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.teacher import open_teacher
@@ -46,8 +46,8 @@ class Editor:
     def __init__(self, how=lambda text, dimension: text.replace("few", dimension.name)):
         self.how, self.asked = how, []
 
-    def edit(self, prompt, response, *, dimension):
-        self.asked.append((response, dimension.name))
+    def edit(self, prompt, response, *, dimension, repeat=0):
+        self.asked.append((response, dimension.name, repeat))
         return self.how(response, dimension)
 
 
@@ -99,6 +99,35 @@ def test_what_is_no_edit_is_not_taken(answered, how, reason):
     assert done.made == 0 and len(done.failed) == 9 and reason in next(iter(done.failed.values()))
     assert made(answered) == []
     assert len((answered / homes.UNSAMPLED).read_text().splitlines()) == 9
+
+
+def test_what_is_no_edit_is_asked_for_once_more(answered):
+    editor = Editor()
+    editor.how = lambda text, dimension: text if editor.asked[-1][2] == 0 else text.replace("few", dimension.name)
+    done = edits.edit(answered, load_config(), editor)
+    assert (done.made, done.failed, len(editor.asked)) == (9, {}, 18)
+
+
+def test_an_edit_that_broke_its_promise_is_dropped_for_good_and_another_takes_its_place(answered):
+    edits.edit(answered, load_config(), Editor())
+    rows = homes.read(answered, Trajectory)
+    values = dict.fromkeys(MANIFOLD.names, 0.5)
+    labels = [
+        Label(
+            **row.model_dump(include={"id", "prompt_id", "prompt", "response", "edit_of", "lowered"}),
+            reward=Reward(**values | ({row.lowered: -0.5} if row.lowered else {})),
+        )
+        for row in rows
+    ]
+    broken = next(row for row in labels if row.edit_of)
+    reward = broken.reward.model_copy(update={broken.lowered: 0.5})
+    labels = [row if row is not broken else row.model_copy(update={"reward": reward}) for row in labels]
+    homes.write(answered, Label, labels)
+    verifier.verify_home(answered, drop=True)
+    assert broken.id in {row.id for row in homes.read_aside(answered, homes.DROPPED)}
+    assert broken.id not in {row.id for row in rater.unrated(answered)[0]}, "it is not rated again"
+    assert edits.edit(answered, load_config(), Editor()).made >= 1
+    assert Counter(row.lowered for row in made(answered))[broken.lowered] >= 2
 
 
 def test_the_question_names_one_dimension_to_lower_and_all_others_to_keep(answered):

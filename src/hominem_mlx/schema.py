@@ -177,7 +177,7 @@ class Teacher(Protocol):
         """
         ...
 
-    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
         """`response` written again so that it falls short in `dimension` and is as it was in all others."""
         ...
 

@@ -24,6 +24,7 @@ from hominem_mlx.records import Label, Trajectory
 from hominem_mlx.schema import MANIFOLD, Dimension, Teacher
 
 ROUNDING = 1e-9
+TRIES = 2
 ROOM = 0.0  # an original must be rated at least so high in what is lowered: a bad reply has nothing to lose
 
 
@@ -39,7 +40,8 @@ def edit(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
     """Bring the home's candidates to a share of `data.edits` contrast edits, spread evenly over the dimensions.
 
     Which reply is edited in which dimension hangs on `data.seed` and ids. Replies written to be bad, and those rated
-    below 0 in the dimension, are not edited.
+    below 0 in the dimension, are not edited. What changes too much or nothing is asked for once more. Edits that
+    `data verify --drop` took out count as if they were not there.
 
     Args:
         home: candidates are read from it, edits added to them when all are done. Answers are stored as they come.
@@ -52,18 +54,20 @@ def edit(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
     with homes.holding(home, "editing candidates"):
         slots, old = _open_slots(home, config, teacher)
         refuse_if_dear(teacher, estimate(teacher, map(_question, slots)))
-        jobs = [functools.partial(_ask, teacher, slot) for slot in slots]
-        texts = ask(teacher, jobs, stage="edit", progress=progress) if jobs else []
         done = Edited(kept=sum(row.edit_of is not None for row in old))
-        new = []
-        for slot, text in zip(slots, texts):
-            reason = str(text) if isinstance(text, NoAnswer) else _fault(slot.response, text)
-            if reason:
-                done.failed[slot.id] = reason
-            else:
-                new.append(slot.model_copy(update={"response": text}))
+        new: dict[str, Trajectory] = {}
+        for attempt in range(TRIES):
+            left = [slot for slot in slots if slot.id not in new]
+            jobs = [functools.partial(_ask, teacher, slot, attempt) for slot in left]
+            for slot, text in zip(left, ask(teacher, jobs, stage="edit", progress=progress) if jobs else ()):
+                reason = str(text) if isinstance(text, NoAnswer) else _fault(slot.response, text)
+                if reason:
+                    done.failed[slot.id] = reason
+                else:
+                    new[slot.id] = slot.model_copy(update={"response": text})
+                    done.failed.pop(slot.id, None)
         done.made = len(new)
-        rows, _ = homes.merge(old, new, wins=homes.older_wins)
+        rows, _ = homes.merge(old, [new[slot.id] for slot in slots if slot.id in new], wins=homes.older_wins)
         homes.write(home, Trajectory, rows)
         failed = [{"id": name, "teacher": teacher.name, "reason": reason} for name, reason in done.failed.items()]
         write_jsonl(Path(home) / homes.UNSAMPLED, failed)
@@ -82,10 +86,12 @@ def _open_slots(home: Path, config: Config, teacher: Teacher) -> tuple[list[Traj
     if not originals:
         raise InputError("the home has no candidate replies to edit: run `hominem data sample` first")
     edited = [row for row in rows if row.edit_of is not None]
+    dropped = {row.id for row in homes.read_aside(home, homes.DROPPED)}
+    standing = [row for row in edited if row.id not in dropped]
     labels = {row.id: row for row in homes.read(home, Label)}
     share = config.data.edits
-    wanted = math.ceil(share / (1 - share) * len(originals) - ROUNDING) - len(edited)
-    counts = dict.fromkeys(MANIFOLD.names, 0) | Counter(row.lowered for row in edited if row.lowered)
+    wanted = math.ceil(share / (1 - share) * len(originals) - ROUNDING) - len(standing)
+    counts = dict.fromkeys(MANIFOLD.names, 0) | Counter(row.lowered for row in standing if row.lowered)
     taken = {row.edit_of for row in edited}
     waiting = {
         name: sorted(
@@ -120,8 +126,8 @@ def _question(slot: Trajectory) -> Question:
     return questions.editing_question(slot.prompt, slot.response, _dimension(slot.lowered))
 
 
-def _ask(teacher: Teacher, slot: Trajectory) -> str:
-    return teacher.edit(slot.prompt, slot.response, dimension=_dimension(slot.lowered))
+def _ask(teacher: Teacher, slot: Trajectory, attempt: int) -> str:
+    return teacher.edit(slot.prompt, slot.response, dimension=_dimension(slot.lowered), repeat=attempt)
 
 
 def _fault(before: str, after: str) -> str:

@@ -38,6 +38,7 @@ ANSWERS = "data/raw/teacher_answers.jsonl"
 BATCHES = "data/raw/teacher_batches.jsonl"
 RETESTS = "data/labeled/retests.jsonl"
 OPINIONS = "data/labeled/opinions.jsonl"
+DROPPED = "data/labeled/dropped.jsonl"
 UNLABELLED = "data/labeled/unlabelled.jsonl"
 UNSAMPLED = "data/raw/unsampled.jsonl"
 STARTER = Path(__file__).parents[1] / "starter"
@@ -67,7 +68,7 @@ def read(home: Path, model: type[Row]) -> list[Row]:
 
 
 def read_aside(home: Path, file: str) -> list[Label]:
-    """Labels of `RETESTS` or `OPINIONS`, which are beside those that are learnt from; none when there is no file."""
+    """Labels of `RETESTS`, `OPINIONS` or `DROPPED`, beside those that are learnt from; none when there is no file."""
     path = Path(home) / file
     return read_jsonl(path, Label, unique=None, may_be_empty=True) if path.exists() else []
 

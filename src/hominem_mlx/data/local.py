@@ -43,12 +43,12 @@ class LocalTeacher:
         """One sampled reply; its seed comes from the question, so equal questions get equal replies."""
         return self._write(questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index))
 
-    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
-        """The reply made worse in one dimension, sampled likewise."""
-        return self._write(questions.editing_question(prompt, response, dimension))
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
+        """The reply made worse in one dimension, sampled likewise; another `repeat` is another seed."""
+        return self._write(questions.editing_question(prompt, response, dimension, repeat=repeat))
 
     def _write(self, question: questions.Question) -> str:
-        seed = int(sha256_json([question.system, question.user])[:8], 16)
+        seed = int(sha256_json([question.system, question.user])[:8], 16) + question.repeat
 
         def ask() -> dict:
             texts = self._lm.complete(
@@ -57,6 +57,8 @@ class LocalTeacher:
             return {"text": texts[0]}
 
         request = {"ask": "sample", "user": question.user, "system": question.system, "max_tokens": self._max_tokens}
+        if question.repeat:
+            request["repeat"] = question.repeat
         text = self._remember(request, ask)["text"]
         if not text.strip():
             raise NoAnswer("the model answered with nothing")

@@ -177,7 +177,9 @@ EDITED_WORDS = (0.03, 0.60)
 """Share of the words that may differ between a reply and its edit: less is no edit, more is another reply."""
 
 
-def editing_question(prompt: str, response: str, dimension: Dimension, manifold: Manifold = MANIFOLD) -> Question:
+def editing_question(
+    prompt: str, response: str, dimension: Dimension, *, repeat: int = 0, manifold: Manifold = MANIFOLD
+) -> Question:
     """Ask for a reply again, made worse in one dimension alone."""
     others = "; ".join(f"{other.name}: {other.question}" for other in manifold.dimensions if other != dimension)
     system = (
@@ -193,7 +195,7 @@ def editing_question(prompt: str, response: str, dimension: Dimension, manifold:
         f"Lower this alone: {dimension.name}. {dimension.question} The edited reply: {dimension.low}; but it should "
         f"sound like something people really write.\nLeave as they are: {others}"
     )
-    return Question(system, user)
+    return Question(system, user, repeat=repeat)
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------

@@ -84,11 +84,13 @@ def cost(home: Path, config: Config, teacher: Teacher, *, only: Collection[str] 
 def unrated(home: Path, only: Collection[str] | None = None) -> tuple[list[Trajectory], list[Label], int]:
     """Trajectories without a label, the labels there are, and how many trajectories need none.
 
+    A reply whose label was dropped (`data verify --drop`) needs none.
     With `only` the first are those with these ids, and the replies of which one of them is an edit.
     """
     trajectories = candidates(home)
     labels = homes.read(home, Label)
-    ids, rated = {row.id for row in labels}, {homes.place(row) for row in labels}
+    done = [*labels, *homes.read_aside(home, homes.DROPPED)]
+    ids, rated = {row.id for row in done}, {homes.place(row) for row in done}
     todo = {(row.prompt, row.response): row for row in reversed(trajectories)}  # equal replies are rated once
     todo = {place: row for place, row in todo.items() if row.id not in ids and place not in rated}
     open_rows = [row for row in trajectories if todo.get((row.prompt, row.response)) is row]

@@ -74,7 +74,7 @@ class RecordedTeacher:
             }
         )
 
-    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
         """The stored edit of this very reply."""
         label = self._ratings.get((prompt, response))
         edit = self._edits.get((label.id, dimension.name)) if label else None

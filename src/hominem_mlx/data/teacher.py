@@ -143,9 +143,9 @@ class AnthropicTeacher:
         )
         return self._ask_twice(question, lambda text: questions.read_rating(question, text))
 
-    def edit(self, prompt: str, response: str, *, dimension: Dimension) -> str:
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
         """The reply made worse in one dimension; see `Teacher`."""
-        question = questions.editing_question(prompt, response, dimension)
+        question = questions.editing_question(prompt, response, dimension, repeat=repeat)
         return self._ask(question, _user(question)).strip()
 
     def prefers(self, prompt: str, first: str, second: str) -> float:

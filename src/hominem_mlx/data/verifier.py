@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.questions import EDITED_WORDS
 from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words, words_changed
+from hominem_mlx.files import write_jsonl
 from hominem_mlx.metrics import participation_ratio, pearson
 from hominem_mlx.records import Label, RecallQuestion, SftPair
 from hominem_mlx.schema import MANIFOLD
@@ -81,13 +82,16 @@ def kept(labels: Sequence[Label], verdict: Verdict) -> list[Label]:
 def verify_home(home: Path, *, drop: bool = False) -> Verdict:
     """Verify the labels of a home; with `drop` also take out the rows that are named to be dropped.
 
-    What was taken out is gone from `reward_samples.jsonl` only: the answers it came from are still stored. The verdict
-    is that of the rows before.
+    What was taken out lies in `dropped.jsonl`, and those replies are not rated again; a person's label of one of them
+    is taken as ever. The verdict is that of the rows before.
     """
     with homes.holding(home, "verifying labels"):
         labels = homes.read(home, Label)
         verdict = verify(labels, memory=homes.read(home, SftPair), recall=homes.read(home, RecallQuestion))
         if drop and len(remaining := kept(labels, verdict)) < len(labels):
+            staying = {label.id for label in remaining}
+            gone = [*homes.read_aside(home, homes.DROPPED), *(row for row in labels if row.id not in staying)]
+            write_jsonl(Path(home) / homes.DROPPED, {row.id: row for row in gone}.values())
             homes.write(home, Label, remaining)
         return verdict
 

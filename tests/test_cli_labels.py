@@ -54,6 +54,7 @@ def test_rating_in_batches_shows_half_the_price_and_labels_all(answered):
     with FakeBatches() as server:
         done = good("data", "rate", "--batch", *teacher(server, *prices))
         assert "at most 6.00 USD, the half price of a batch" in done.output
+        assert "Ctrl-C ends the waiting only" in done.output
         assert "12 replies labelled by judge" in done.output
         again = good("data", "rate", "--batch", *teacher(server, *prices))
         assert "0 replies labelled" in again.output and len(server.batches) == 1

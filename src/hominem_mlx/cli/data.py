@@ -443,6 +443,8 @@ def _agree(session: Session, teacher: "Teacher", cost: "Cost", what: str, yes: b
         return
     if cost.under_way:
         session.console.note(f"{cost.under_way} answers are under way in batches sent before: they are waited for.")
+    if settings.batch and (cost.under_way or cost.requests):
+        session.console.note("A batch takes up to 24 hours. Ctrl-C ends the waiting only: the same command goes on.")
     if not cost.requests:
         return
     refuse_if_dear(teacher, cost)

@@ -7,8 +7,8 @@ import pytest
 
 from fake_teacher import FakeTeacher, number
 from hominem_mlx.config import load_config
+from hominem_mlx.data import comparing, prompts, questions, rater, sampler
 from hominem_mlx.data import home as homes
-from hominem_mlx.data import prompts, questions, rater, sampler
 from hominem_mlx.data.local import SCALE, LocalTeacher
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.split import near_duplicates
@@ -363,7 +363,7 @@ class Judge:
 
 def test_position_bias_is_measured_and_cancels_out_of_the_verdicts():
     pairs = [("p", "aaa", "a"), ("p", "b", "bb"), ("p", "c", "c")]
-    fair, biased = rater.compare_pairs(Judge(), pairs), rater.compare_pairs(Judge(0.15), pairs)
+    fair, biased = comparing.compare_pairs(Judge(), pairs), comparing.compare_pairs(Judge(0.15), pairs)
     assert fair.probabilities == pytest.approx([0.7, 0.4, 0.5])
     assert biased.probabilities == pytest.approx(fair.probabilities)
     assert fair.position_bias == pytest.approx(0) and biased.position_bias == pytest.approx(0.15)
@@ -371,9 +371,9 @@ def test_position_bias_is_measured_and_cancels_out_of_the_verdicts():
 
 
 def test_a_pair_without_an_answer_is_left_open():
-    result = rater.compare_pairs(Judge(), [("p", "aa", "b"), ("p", "?", "b")])
+    result = comparing.compare_pairs(Judge(), [("p", "aa", "b"), ("p", "?", "b")])
     assert result.probabilities[1] is None and result.unanswered == {1: "refused; refused"}
-    assert rater.compare_pairs(Judge(), []).position_bias is None
+    assert comparing.compare_pairs(Judge(), []).position_bias is None
 
 
 # --- the recorded and the local teacher -----------------------------------------------------------------------------

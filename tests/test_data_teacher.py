@@ -7,7 +7,7 @@ import pytest
 
 from fake_teacher import FakeTeacher, number
 from hominem_mlx.config import Config, Inference, TeacherConfig
-from hominem_mlx.data import questions, teacher
+from hominem_mlx.data import questions, teacher, wire
 from hominem_mlx.data.answers import AnswerStore, ask_all
 from hominem_mlx.data.teacher import AnthropicTeacher, HttpGenerator
 from hominem_mlx.errors import ConfigError, InputError, ModelError, NoAnswer, TeacherError
@@ -149,7 +149,7 @@ def test_the_cloud_wants_a_key_and_names_the_variable(monkeypatch):
         AnthropicTeacher(TeacherConfig(kind="anthropic", model="m"))
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret-3")
     judge = AnthropicTeacher(TeacherConfig(kind="anthropic", model="m"))
-    assert str(judge._client.base_url).startswith(teacher.CLOUD), "a variable must not redirect the texts"
+    assert str(judge._server._client.base_url).startswith(wire.CLOUD), "a variable must not redirect the texts"
 
 
 def test_settings_that_cannot_work_are_refused_before_anything_is_sent():
@@ -224,7 +224,7 @@ def test_half_characters_in_an_answer_do_not_break_the_store(tmp_path):
     path = tmp_path / "answers.jsonl"
     with FakeTeacher() as server:
         judge = make(server, AnswerStore(path))
-        judge._send = lambda request: teacher._content(_message_with("odd \ud800 text"))
+        judge._send = lambda request: wire._content(_message_with("odd \ud800 text"))
         text = judge.sample("Hi", persona="a cook", instruction="Reply.", index=0)
     assert text == "odd ? text"
     assert AnswerStore(path)._answers

@@ -197,3 +197,69 @@ def test_stats_are_those_of_numpy_by_category_and_leave_gaps_out():
     assert stat.mean == pytest.approx(0.4) and stat.sd == pytest.approx(0.2)
     assert found["all", "scalar"].n == 3 and found["all", "safety_score"].n == 1
     assert ("y", "safety_score") not in found
+
+
+# --- the gate of `data stats` -----------------------------------------------------------------------------------------
+
+
+def without(rows, name, keep=0):
+    """The rows without one number, but in the first `keep` of them."""
+    return [
+        r if n < keep else r.model_copy(update={"reward": r.reward.model_copy(update={name: None})})
+        for n, r in enumerate(rows)
+    ]
+
+
+def constant(rows, name, value=0.3):
+    return [r.model_copy(update={"reward": r.reward.model_copy(update={name: value})}) for r in rows]
+
+
+def test_a_constant_dimension_is_named_and_the_others_are_still_measured():
+    found = verifier.halo(constant(independent(120), "curiosity"))
+    assert not found.is_good and "curiosity is 0.3 in all 120 rows" in found.faults[0]
+    assert len(found.dimensions) == 6 and found.participation_ratio > 5
+    assert "halo" in rules(verifier.verify(constant(independent(120), "curiosity")))
+
+
+def test_a_dimension_without_any_label_is_said_and_does_not_hide_a_halo():
+    good = verifier.halo(without(independent(120), "curiosity"))
+    assert good.is_good and "curiosity: no reply has a label" in good.notes[0]
+    same = [row(f"r{n}-a", [v] * 7) for n, v in enumerate(np.linspace(-1, 1, 60))]
+    found = verifier.halo(without(same, "curiosity"))
+    assert not found.is_good and found.participation_ratio == pytest.approx(1)
+    assert "halo" in rules(verifier.verify(without(same, "curiosity")))
+
+
+def test_labels_of_different_dimensions_in_different_rows_are_measured_in_pairs():
+    rows = independent(300)
+    rows = without(rows[:150], "curiosity") + without(rows[150:], "empathy")
+    found = verifier.halo(rows)
+    assert found.participation_ratio is None and "both empathy and curiosity" in found.notes[0] and found.is_good
+    rows = independent(300)
+    found = verifier.halo(without(rows, "curiosity", keep=100))
+    values = verifier.matrix(rows)
+    squares = 7.0
+    for i in range(7):
+        for j in range(7):
+            if i != j:
+                kept = values[:100] if 6 in (i, j) else values
+                squares += np.corrcoef(kept[:, i], kept[:, j])[0, 1] ** 2
+    assert found.participation_ratio == pytest.approx(49 / squares)
+
+
+@pytest.mark.parametrize(("dimensions", "wanted"), [(7, 2.5), (5, 2.0), (3, 1.5), (2, 1.25)])
+def test_fewer_dimensions_want_fewer_independent_directions(dimensions, wanted):
+    rows = independent(60)
+    for name in MANIFOLD.names[dimensions:]:
+        rows = without(rows, name)
+    assert verifier.halo(rows).wanted == pytest.approx(wanted)
+
+
+def test_too_few_labels_and_too_few_dimensions_are_said_and_shut_no_gate():
+    few = verifier.halo(independent(29))
+    assert few.is_good and "29 labels are too few" in few.notes[0]
+    rows = independent(60)
+    for name in MANIFOLD.names[1:]:
+        rows = without(rows, name)
+    assert "fewer than two dimensions" in verifier.halo(rows).notes[-1]
+    assert verifier.halo([]).is_good

@@ -79,6 +79,10 @@ class TeacherConfig(Section):
     """Retries of the client library on 408, 409, 429, 5xx and dropped connections."""
     rate_mode: Literal["shuffled", "single"] = "shuffled"
     """All dimensions in one call in a shuffled order, or one dimension a call (dearer, less halo)."""
+    batch: bool = False
+    """Ask by the Message Batches interface: half the price, an answer within 24 hours; Anthropic's own servers only."""
+    batch_poll_seconds: Positive = 30.0
+    """Between looks at a batch."""
     usd_per_million_input: NonNegative = 0.0
     """Price, for the estimate; prices change, so they are yours to set."""
     usd_per_million_output: NonNegative = 0.0
@@ -96,6 +100,8 @@ class DataConfig(Section):
     """Candidate replies a prompt; good, bad and ambiguous ones are asked for by name."""
     student_candidates: Annotated[int, Field(ge=0, le=32)] = 2
     """Of these, replies by the student itself (on-policy)."""
+    edits: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] = 0.3
+    """Share of all candidates that `data sample --edits` makes contrast edits: copies worse in one dimension only."""
     seed: int = 0
     """Seed of every draw in `data`."""
 

@@ -148,7 +148,7 @@ class Preference(Record):
 
 
 class Thumb(Record):
-    """One reply that a person liked or did not, with no second one beside it.
+    """One reply that a person liked or did not, with no second one beside it, and what they said why.
 
     `confidence` weighs it; the safety score gates a reply that is to become likelier. Only prompt, response and good
     are needed; TRL's `completion` and `label` are read as response and good.
@@ -158,6 +158,7 @@ class Thumb(Record):
     prompt: Text
     response: Text
     good: bool
+    reason: str = ""
     prompt_id: str = ""
     category: str = "general"
     confidence: Probability = 1.0

@@ -162,8 +162,25 @@ class Teacher(Protocol):
         """One candidate reply to `prompt`, written as `persona` under `instruction`; `index` counts candidates."""
         ...
 
-    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> "Rating":
-        """The asked dimensions of one reply, judged in the order given; with `overall` also the other numbers."""
+    def rate(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        dimensions: Sequence[Dimension],
+        overall: bool = True,
+        repeat: int = 0,
+        beside: "tuple[str, Rating] | None" = None,
+    ) -> "Rating":
+        """The asked dimensions of one reply, judged in the order given; with `overall` also the other numbers.
+
+        `repeat` above 0 asks anew, whatever was answered before. `beside` is the reply that this one is a changed copy
+        of, with its rating: the two are judged side by side.
+        """
+        ...
+
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
+        """`response` written again so that it falls short in `dimension` and is as it was in all others."""
         ...
 
     def prefers(self, prompt: str, first: str, second: str) -> float:

@@ -8,6 +8,9 @@ import click
 from hominem_mlx.cli.session import InOrder, Session, shares
 
 if TYPE_CHECKING:
+    from hominem_mlx.data.again import Again
+    from hominem_mlx.data.comparing import Compared
+    from hominem_mlx.data.rater import Rated
     from hominem_mlx.data.teacher import Cost
     from hominem_mlx.schema import Teacher
 
@@ -15,6 +18,7 @@ KINDS = ("prompts", "trajectories", "labels", "preferences", "thumbs", "memory",
 NO_LABELS = "there are no labels in the home yet: `hominem data import --starter`, or `hominem data rate`"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 YES = click.option("--yes", is_flag=True, help="Agree beforehand to what the estimate says.")
+BATCH = click.option("--batch", is_flag=True, help="At half the price, within a day: Anthropic's message batches.")
 MAX_COST = click.option("--max-cost", metavar="USD", type=click.FloatRange(0), help="Send nothing if it may cost more.")
 
 
@@ -44,25 +48,57 @@ def generate(session: Session) -> None:
 
 @data.command()
 @click.option("--starter", is_flag=True, help="Also for the bundled prompts that are in the home.")
+@click.option("--edits", is_flag=True, help="Copies of the replies there are, worse in one dimension only.")
+@click.option(
+    "--self-play",
+    metavar="N",
+    type=click.IntRange(1),
+    help="No teacher: the student answers, and the N answers two judges differ on most are kept.",
+)
+@BATCH
 @YES
 @MAX_COST
 @shares()
-def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -> None:
+def sample(
+    session: Session,
+    starter: bool,
+    edits: bool,
+    self_play: int | None,
+    batch: bool,
+    yes: bool,
+    max_cost: float | None,
+) -> None:
     """Ask the teacher, and the student itself, for candidate replies: good, bad and ambiguous ones.
 
     For your own prompts, imported or generated: data.candidates each, data.student_candidates of them by the student.
     What is there already stays.
     """
+    if edits and self_play:
+        raise click.UsageError("--edits needs a teacher, --self-play has none: give one of them")
+    if self_play:
+        _self_play(session, self_play, starter)
+        return
+    from hominem_mlx.data import edits as editing
     from hominem_mlx.data import sampler
     from hominem_mlx.data.teacher import open_teacher
 
-    _limit(session, max_cost)
-    teacher = open_teacher(session.config, session.home)
-    student = session.generator if session.config.data.student_candidates else None
-    cost = sampler.cost(session.home, session.config, teacher, student=student, starter=starter)
+    _limit(session, max_cost, batch)
+    config, home = session.config, session.home
+    teacher = open_teacher(config, home)
+    if edits:
+        _agree(session, teacher, editing.cost(home, config, teacher), "prompts and replies", yes)
+        with session.console.progress() as report:
+            made = editing.edit(home, config, teacher, progress=report)
+        session.console.result(made.model_dump(mode="json"))
+        session.console.say(f"{made.made} contrast edits by {teacher.name}, {made.kept} were there already.")
+        _show_failures(session, "without an edit", made.failed)
+        session.console.say("Next: hominem data rate")
+        return
+    student = session.generator if config.data.student_candidates else None
+    cost = sampler.cost(home, config, teacher, student=student, starter=starter)
     _agree(session, teacher, cost, "prompts", yes)
     with session.console.progress() as report:
-        done = sampler.sample(session.home, session.config, teacher, student=student, starter=starter, progress=report)
+        done = sampler.sample(home, config, teacher, student=student, starter=starter, progress=report)
     session.console.result(done.model_dump(mode="json"))
     session.console.say(
         f"{done.teacher} replies by {teacher.name}, {done.student} by the student, {done.kept} were there already."
@@ -72,27 +108,54 @@ def sample(session: Session, starter: bool, yes: bool, max_cost: float | None) -
 
 
 @data.command()
+@click.option("--retest", "task", flag_value="retest", help="Ask anew about a tenth of its labels: how sure are they?")
+@click.option("--second", "task", flag_value="second", help="Add its opinion to replies another teacher has labelled.")
+@click.option("--compare", "task", flag_value="compare", help="Compare replies side by side; makes preference pairs.")
+@click.option(
+    "--select",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Only the N replies to learn most from: doubtful, unlike labelled ones, or in rare corners.",
+)
+@BATCH
 @YES
 @MAX_COST
 @shares()
-def rate(session: Session, yes: bool, max_cost: float | None) -> None:
+def rate(
+    session: Session, task: str | None, select: int | None, batch: bool, yes: bool, max_cost: float | None
+) -> None:
     """Ask the teacher for seven dimensions, intensity, safety and a reason for every reply without a label.
 
     Every answer is stored as it arrives: a stopped run goes on where it was and pays for nothing twice. Before anything
-    leaves this machine the cost is estimated and you are asked.
+    leaves this machine the cost is estimated and you are asked. The wait for a --batch may be ended with Ctrl-C; the
+    same command goes on waiting.
+
+    Labels by several teachers become one, each weighed by how well it agrees with itself (--retest of each, then
+    --second). `hominem data stats` shows these reliabilities.
     """
-    from hominem_mlx.data import rater
+    if task and select:
+        raise click.UsageError(f"--select chooses among replies without a label, --{task} is about others: give one")
+    from hominem_mlx.data import again, comparing, rater
     from hominem_mlx.data.teacher import open_teacher
 
-    _limit(session, max_cost)
-    teacher = open_teacher(session.config, session.home)
-    _agree(session, teacher, rater.cost(session.home, session.config, teacher), "prompts and replies", yes)
+    _limit(session, max_cost, batch)
+    config, home = session.config, session.home
+    teacher = open_teacher(config, home)
+    only = _select(session, select) if select else None
+    if task is None:
+        cost = rater.cost(home, config, teacher, only=only)
+    else:
+        costs = {"retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost}
+        cost = costs[task](home, config, teacher)
+    _agree(session, teacher, cost, "prompts and replies", yes)
     with session.console.progress() as report:
-        done = rater.rate(session.home, session.config, teacher, progress=report)
-    session.console.result(done.model_dump(mode="json"))
-    session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
-    _show_failures(session, "without a label; the next run asks again", done.unlabelled)
-    session.console.say("Next: hominem data verify")
+        if task == "compare":
+            _show_compared(session, comparing.compare(home, config, teacher, progress=report))
+        elif task is not None:
+            ask = again.retest if task == "retest" else again.second
+            _show_again(session, teacher, task, ask(home, config, teacher, progress=report))
+        else:
+            _show_rated(session, teacher, rater.rate(home, config, teacher, only=only, progress=report))
 
 
 @data.command()
@@ -196,25 +259,58 @@ def pair(session: Session) -> None:
 @data.command()
 @shares()
 def stats(session: Session) -> None:
-    """Count rows and labellers, and show how every number is distributed, over all labels and by category."""
+    """Count rows and labellers, show how every number is distributed and how reliable it is; then the halo gate.
+
+    Exit code 1 when the labels are one impression under several names (fewer than 2.5 independent directions of 7, or
+    a mean correlation above 0.7) or a dimension is the same everywhere: then nothing should be trained on them.
+    """
     from collections import Counter
 
+    from hominem_mlx.data import again, agreement
     from hominem_mlx.data import home as homes
+    from hominem_mlx.data.verifier import halo
     from hominem_mlx.data.verifier import stats as distributions
+    from hominem_mlx.errors import NotGoodEnough
     from hominem_mlx.records import Label
 
     counts = {Path(file).name: len(homes.read(session.home, model)) for model, file in homes.FILES.items()}
     labels = homes.read(session.home, Label)
     labellers = dict(Counter(label.labeller for label in labels).most_common())
     found = [stat.model_dump(mode="json") for stat in distributions(labels)]
-    session.console.result({"rows": counts, "labellers": labellers, "numbers": found})
+    retests = homes.read_aside(session.home, homes.RETESTS)
+    reliable = [r.model_dump() for r in agreement.reliabilities(again.first_ratings(session.home), retests)]
+    gate = halo(labels)
+    session.console.result(
+        {
+            "rows": counts,
+            "labellers": labellers,
+            "numbers": found,
+            "reliability": reliable,
+            "halo": {**gate.model_dump(), "is_good": gate.is_good},
+        }
+    )
     session.console.table(["file", "rows"], list(counts.items()))
-    if labels:
+    if not labels:
+        return
+    session.console.say()
+    session.console.table(["labelled by", "rows"], list(labellers.items()))
+    session.console.say()
+    columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
+    session.console.table(columns, [list(stat.values()) for stat in found])
+    if reliable:
         session.console.say()
-        session.console.table(["labelled by", "rows"], list(labellers.items()))
-        session.console.say()
-        columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
-        session.console.table(columns, [list(stat.values()) for stat in found])
+        columns = ["asked twice", "number", "rows", "reliability", "highest correlation to reach"]
+        session.console.table(columns, [list(item.values()) for item in reliable])
+    session.console.say()
+    if gate.participation_ratio is not None:
+        session.console.say(
+            f"Halo: {gate.participation_ratio:.2f} independent directions of {len(gate.dimensions)} (at least "
+            f"{gate.wanted:g} wanted), mean correlation {gate.mean_abs_correlation:.2f} (at most 0.7)."
+        )
+    for note in gate.notes:
+        session.console.say(f"Note: {note}.")
+    if not gate.is_good:
+        raise NotGoodEnough("; ".join(gate.faults))
 
 
 @data.command("import")
@@ -226,43 +322,137 @@ def stats(session: Session) -> None:
 )
 @shares(config=False)
 def import_(session: Session, file: str | None, starter: bool, kind: str | None, human: bool) -> None:
-    """Bring in a JSONL file of prompts, labels, memories, preferences, thumbs, questions or fixtures.
+    """Bring in a file of prompts, labels, memories, preferences, thumbs, questions or fixtures.
 
-    FILE is taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
+    FILE is JSONL, an export of Open WebUI (.json: what you rated there), or a list of prompts (.txt, one a line). It is
+    taken wholly or not at all; docs/FORMATS.md shows a row of each kind.
     """
+    from collections import Counter
+
     from hominem_mlx.data.dataset import import_file, import_starter
 
     if (file is None) != starter:
         raise click.UsageError("name a FILE, or say --starter")
+    left_out: Counter[str] = Counter()
     if file is None:
         counts = import_starter(session.home)
     else:
-        counts = import_file(session.home, Path(file), kind, labeller="human" if human else None)
-    session.console.result(counts)
+        labeller = "human" if human else None
+        counts = import_file(session.home, Path(file), kind, labeller=labeller, left_out=left_out)
+    session.console.result({**counts, "left_out": dict(left_out)} if left_out else counts)
     session.console.table(
         ["rows", "added", "replaced", "kept as they were"],
         [[name, count["added"], count["replaced"], count["kept"]] for name, count in counts.items()],
     )
+    for reason, count in left_out.items():
+        session.console.say(f"Left out: {count} {reason}.")
 
 
-def _limit(session: Session, max_cost: float | None) -> None:
+def _select(session: Session, count: int) -> list[str]:
+    """Ids of the candidates from which the reward model in use would learn most, shown with the reasons."""
+    from hominem_mlx.data import rater, selection
+    from hominem_mlx.data.verifier import matrix
+
+    todo, labels, _ = rater.unrated(session.home)
+    if not todo:
+        return []
+    model = session.reward_model()
+    replies, known = ([(row.prompt, row.response) for row in rows] for rows in (todo, labels))
+    with session.console.progress() as report:
+        features = model.read(replies + known, session.home, report)
+    picks = selection.select(
+        count, model.score_many(replies), features[: len(todo)], matrix(labels), features[len(todo) :]
+    )
+    session.console.table(
+        ["to label", "doubt", "unlike others by", "rarity"],
+        [[todo[pick.candidate].id, pick.doubt, pick.novelty, pick.rarity] for pick in picks],
+    )
+    return [todo[pick.candidate].id for pick in picks]
+
+
+def _self_play(session: Session, count: int, starter: bool) -> None:
+    from hominem_mlx.data.dataset import read_labels
+    from hominem_mlx.data.selfplay import play
+    from hominem_mlx.reward.train import fit_audit
+
+    student = session.generator
+    lm = session.__dict__.get("base")
+    model = session.reward_model()
+    labels = read_labels(session.current("dataset", "hominem data split", pointer="labels"), "valid")
+    audit = fit_audit(labels, session.config, home=session.home, lm=lm)
+    with session.console.progress() as report:
+        done = play(session.home, session.config, student, (model, audit), count, starter=starter, progress=report)
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.added} of {done.answers} answers by the student became candidates to label.")
+    if done.mean_disagreement is not None and done.least_kept is not None:
+        session.console.say(
+            f"On them the reward model and an audit judge differ by {done.least_kept:.2f} standard deviations or more; "
+            f"on all by {done.mean_disagreement:.2f} in the mean."
+        )
+    session.console.say("Next: hominem data rate")
+
+
+def _show_rated(session: Session, teacher: "Teacher", done: "Rated") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
+    _show_failures(session, "without a label; the next run asks again", done.unlabelled)
+    session.console.say("Next: hominem data verify")
+
+
+def _show_again(session: Session, teacher: "Teacher", task: str, done: "Again") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    what = "rated a second time" if task == "retest" else "rated beside another teacher"
+    session.console.say(f"{done.rated} replies {what} by {teacher.name}, {done.kept} had been before.")
+    _show_failures(session, "without an answer; the next run asks again", done.unanswered)
+    if done.unknown:
+        names = ", ".join(done.unknown)
+        session.console.say(
+            f"How reliable {names} is, is not known: all count alike until `data rate --retest` with it."
+        )
+    session.console.say("Next: hominem data stats")
+
+
+def _show_compared(session: Session, done: "Compared") -> None:
+    session.console.result(done.model_dump(mode="json"))
+    session.console.say(f"{done.pairs} preference pairs added; {done.undecided} pairs were judged alike.")
+    if done.consistent is not None:
+        session.console.say(
+            f"{done.consistent:.0%} of the pairs got the same verdict in both orders; the reply shown first was "
+            f"favoured by {done.position_bias:+.2f}."
+        )
+    _show_failures(session, "pairs without an answer; the next run asks again", done.unanswered)
+    session.console.say("Next: hominem data split")
+
+
+def _limit(session: Session, max_cost: float | None, batch: bool) -> None:
     if max_cost is not None:
         session.override(f"teacher.max_cost_usd={max_cost}")
+    if batch:
+        session.override("teacher.batch=true")
 
 
 def _agree(session: Session, teacher: "Teacher", cost: "Cost", what: str, yes: bool) -> None:
     """Refuse what is too dear; else say what a teacher behind HTTP will be sent, and ask before anything leaves."""
     from urllib.parse import urlsplit
 
-    from hominem_mlx.data.teacher import CLOUD, refuse_if_dear
+    from hominem_mlx.data.teacher import refuse_if_dear
+    from hominem_mlx.data.wire import CLOUD
 
     settings = session.config.teacher
-    if settings.kind != "anthropic" or not cost.requests:
+    if settings.kind != "anthropic":
+        return
+    if cost.under_way:
+        session.console.note(f"{cost.under_way} answers are under way in batches sent before: they are waited for.")
+    if settings.batch and (cost.under_way or cost.requests):
+        session.console.note("A batch takes up to 24 hours. Ctrl-C ends the waiting only: the same command goes on.")
+    if not cost.requests:
         return
     refuse_if_dear(teacher, cost)
     host = urlsplit(settings.base_url or CLOUD).hostname
     unknown = "price not known: set teacher.usd_per_million_input and _output"
     price = unknown if cost.usd is None else f"at most {cost.usd:.2f} USD"
+    if settings.batch:
+        price += ", the half price of a batch" * (cost.usd is not None)
     session.console.note(
         f"{cost.requests} requests to {settings.model} at {host} ({cost.stored} more are answered already): "
         f"{cost.input_tokens:,} tokens in, at most {cost.output_tokens:,} out, {price}."

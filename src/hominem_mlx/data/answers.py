@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -44,7 +44,26 @@ class AnswerStore:
             self._answers = {row.key: row.answer for row in rows}
 
     def __contains__(self, request: dict) -> bool:
-        return sha256_json(request) in self._answers
+        return self.holds(sha256_json(request))
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an answer to the request with this hash."""
+        return key in self._answers
+
+    def put(self, answers: dict[str, dict], *, teacher: str) -> None:
+        """Store answers by the hashes of their requests; those there are stay as they are.
+
+        Args:
+            answers: raw answers.
+            teacher: who was asked, for people who read the log.
+        """
+        with self._guard:
+            new = {key: answer for key, answer in answers.items() if key not in self._answers}
+            if self.path is not None and new:
+                rows = [Answer(key=key, teacher=teacher, answer=answer) for key, answer in new.items()]
+                with lock(self.path.with_name(f".{self.path.name}.lock"), "storing a teacher's answers"):
+                    append_jsonl(self.path, rows)
+            self._answers |= new
 
     def remember(self, request: dict, ask: Callable[[], dict], *, teacher: str) -> dict:
         """The stored answer to `request`, or that of `ask()`, stored before it is used.
@@ -56,13 +75,41 @@ class AnswerStore:
         """
         key = sha256_json(request)
         if key not in self._answers:
-            answer = ask()
-            with self._guard:
-                if self.path is not None:
-                    with lock(self.path.with_name(f".{self.path.name}.lock"), "storing a teacher's answer"):
-                        append_jsonl(self.path, [Answer(key=key, teacher=teacher, answer=answer)])
-                self._answers[key] = answer
+            self.put({key: ask()}, teacher=teacher)
         return self._answers[key]
+
+
+class Asked(Protocol):
+    """What `ask` needs of a teacher."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many threads may ask at once; 1 means the calling thread only."""
+        ...
+
+
+@runtime_checkable
+class Gathering(Protocol):
+    """A teacher that answers from what is stored and gathers all other requests, to send them together."""
+
+    def settle(self, progress: Progress | None) -> bool:
+        """Send what was gathered and wait for the answers; whether there was anything to send or to wait for."""
+        ...
+
+
+def ask(
+    teacher: Asked, jobs: Sequence[Callable[[], T]], *, stage: str, progress: Progress | None = None
+) -> list[T | NoAnswer]:
+    """Results of `jobs`, questions to `teacher`, in their order; where a job had no answer, the reason.
+
+    With a gathering teacher the jobs are done again until none of them has anything left to ask.
+    """
+    if not isinstance(teacher, Gathering):
+        return ask_all(jobs, concurrency=teacher.concurrency, stage=stage, progress=progress)
+    while True:
+        results = ask_all(jobs, concurrency=teacher.concurrency, stage=stage)
+        if not teacher.settle(progress):
+            return results
 
 
 def ask_all(

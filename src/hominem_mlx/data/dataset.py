@@ -6,6 +6,7 @@ learnable text is left out of the suite, never the other way round.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +15,26 @@ from typing import Literal
 from pydantic import ValidationError
 
 from hominem_mlx.config import Config
-from hominem_mlx.data import formats
+from hominem_mlx.data import exports, formats
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.split import Texts, split_of, words
 from hominem_mlx.errors import InputError
-from hominem_mlx.files import explain, read_jsonl, read_objects, write_jsonl
+from hominem_mlx.files import explain, read_jsonl, write_jsonl
 from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Thumb
 from hominem_mlx.storage.registry import Artifact, Registry
 
 Counts = dict[str, dict[str, int]]
 Part = Literal["train", "valid"]
 THUMBS = "thumbs.jsonl"
+RETESTS = "relabels.jsonl"  # of the starter corpus
 
 # --- rows come in ---------------------------------------------------------------------------------------------------
 
 
 def import_starter(home: Path) -> Counts:
-    """Add the starter corpus. Rows that are there stay as they are. Returns counts by kind."""
+    """Add the starter corpus and its second ratings. Rows that are there stay as they are. Returns counts by kind."""
     with homes.holding(home, "importing the starter corpus"):
+        _import_starter_retests(home)
         return {
             kind: _merge(home, model, read_jsonl(homes.STARTER / name, model), wins=homes.older_wins)
             for kind, model, name in (
@@ -44,21 +47,38 @@ def import_starter(home: Path) -> Counts:
         }
 
 
-def import_file(home: Path, path: Path, kind: str | None = None, *, labeller: str | None = None) -> Counts:
+def _import_starter_retests(home: Path) -> None:
+    there = homes.read_aside(home, homes.RETESTS)
+    known = {(row.labeller, row.id) for row in there}
+    second = [row.model_copy(update={"labeller": "starter"}) for row in read_jsonl(homes.STARTER / RETESTS, Label)]
+    new = [row for row in second if (row.labeller, row.id) not in known]
+    if new:
+        write_jsonl(Path(home) / homes.RETESTS, [*there, *new])
+
+
+def import_file(
+    home: Path,
+    path: Path,
+    kind: str | None = None,
+    *,
+    labeller: str | None = None,
+    left_out: Counter[str] | None = None,
+) -> Counts:
     """Add a file of rows, wholly or not at all.
 
     Args:
         home: where they go.
-        path: JSONL of rows as `formats` knows them; kinds may be mixed.
+        path: JSONL of rows as `formats` knows them, or another file that `exports` reads; kinds may be mixed.
         kind: what all rows must be (`formats.KINDS`); None tells by each row's keys.
         labeller: who rated the labels that do not say it; `human` wins over any teacher.
+        left_out: gets how many rows were right and of no use here, by reason.
 
     Returns: how many rows were added, replaced and kept, by kind. Raises: InputError naming every bad row.
     """
     if kind is not None and kind not in formats.KINDS:
         raise InputError(f"there is no kind {kind!r}; kinds are {', '.join(formats.KINDS)}")
     with homes.holding(home, f"importing {Path(path).name}"):
-        rows = _read_any(Path(path), kind, labeller)
+        rows = _read_any(Path(path), kind, labeller, Counter() if left_out is None else left_out)
         _refuse_recall_leaks(home, path, rows)
         counts: Counts = {}
         for name, model in formats.KINDS.items():
@@ -76,8 +96,8 @@ def _merge(home: Path, model: type[homes.Row], new: Iterable[homes.Row], *, wins
     return counts
 
 
-def _read_any(path: Path, kind: str | None, labeller: str | None) -> list[tuple[str, Record]]:
-    values, problems = read_objects(path)
+def _read_any(path: Path, kind: str | None, labeller: str | None, left_out: Counter[str]) -> list[tuple[str, Record]]:
+    values, problems = exports.read_rows(path, left_out)
     rows: list[tuple[str, Record]] = []
     seen: dict[tuple[type, str], str] = {}
     for where, value in values:
@@ -96,6 +116,9 @@ def _read_any(path: Path, kind: str | None, labeller: str | None) -> list[tuple[
         except ValidationError as error:
             problems += [f"{where}: {reason}" for reason in explain(error)]
             continue
+        except formats.LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
         except ValueError as error:
             problems.append(f"{where}: {error}")
             continue
@@ -104,12 +127,14 @@ def _read_any(path: Path, kind: str | None, labeller: str | None) -> list[tuple[
             if key in seen and "id" in value:  # rows without an id have that of their content: equal rows count once
                 problems.append(f"{where}: id = {key[1]!r} is already used in {seen[key]}; give it another")
                 continue
-            seen[key] = f"line {where.rpartition(':')[2]}"
+            place = where.rpartition(":")[2]
+            seen[key] = f"line {place}" if place.isdigit() else place
             rows.append((where, row))
     if problems:
         raise InputError(sorted(problems, key=_line_number))
     if not rows:
-        raise InputError(f"{path}: there is no row in it")
+        passed = "".join(f"; {count} {reason}" for reason, count in left_out.items())
+        raise InputError(f"{path}: there is no row in it" + (f" to take{passed}" if passed else ""))
     return rows
 
 

@@ -1,7 +1,8 @@
 """Rows as people and neighbouring tools write them, read as our records. One row at a time, by its keys.
 
 Known: our own rows; {prompt, completion} and {messages} of mlx-lm, a pair for each of its replies; {prompt, chosen,
-rejected} of TRL and mlx-lm-lora and {prompt, completion, label} of TRL, as strings or as single messages.
+rejected} of TRL and mlx-lm-lora, {input, chosen, rejected} of Axolotl and {prompt, completion, label} of TRL, as
+strings or as single messages; {prompt, response, helpfulness, correctness, ...} of HelpSteer2.
 """
 
 from typing import Any
@@ -26,10 +27,18 @@ ONE_EXCHANGE = (
 )
 
 
+HELPSTEER = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+HELPSTEER_TURN = "<extra_id_1>"  # what parts the turns of a conversation there
+
+
+class LeftOut(Exception):
+    """A row that is right as it is and cannot be used here; the message says why, in the plural."""
+
+
 def kind_of(row: dict[str, Any]) -> str | None:
     """What a row is, or None where its keys do not say."""
     keys = {name for name, value in row.items() if value is not None}
-    if "reward" in keys:
+    if "reward" in keys or {"prompt", "response", *HELPSTEER[:2]} <= keys:
         return "labels"
     if {"chosen", "rejected"} & keys:
         return "preferences"
@@ -56,9 +65,11 @@ def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -
         kind: one of `KINDS`.
         labeller: who rated the rows that do not say it.
 
-    Raises: ValueError or pydantic's ValidationError saying what is wrong.
+    Raises: ValueError or pydantic's ValidationError saying what is wrong, LeftOut where nothing is.
     """
     row = {name: value for name, value in row.items() if value is not None}
+    if kind == "labels" and "reward" not in row and "helpfulness" in row:
+        row = _helpsteer(row)
     if kind == "memory":
         return [homes.identified(SftPair.model_validate(pair)) for pair in _memories(row)]
     if kind == "preferences":
@@ -79,6 +90,21 @@ def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -
 
 def _derived(kind: str, row: dict[str, Any]) -> str:
     return f"{kind[:-1]}-{homes.prompt_id(row['prompt'] + chr(31) + str(row.get('response')))}"
+
+
+def _helpsteer(row: dict[str, Any]) -> dict[str, Any]:
+    """A label from attributes of 0 to 4: those that mean what numbers of ours mean; the others stay in the metadata."""
+    given = {name: row[name] for name in HELPSTEER if name in row}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 4:
+            raise ValueError(f"{name} = {value!r}: HelpSteer2's attributes are numbers from 0 to 4")
+    if HELPSTEER_TURN in str(row.get("prompt")):
+        raise LeftOut("rows whose prompt is a conversation: labels are about one message and the reply to it")
+    reward = {"scalar": given["helpfulness"] / 2 - 1}
+    if "correctness" in given:
+        reward["epistemic_integrity"] = given["correctness"] / 2 - 1
+    named = {"labeller": "helpsteer2", "metadata": {"helpsteer2": given}}
+    return {**named, **{name: value for name, value in row.items() if name not in HELPSTEER}, "reward": reward}
 
 
 def _memories(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -161,7 +187,7 @@ def _preference(row: dict[str, Any]) -> dict[str, Any]:
                 sides[name] = said[0]
             else:
                 raise ValueError(f"{name} holds the roles {_roles(turns)}; {ONE_EXCHANGE}")
-    prompt = row.get("prompt")
+    prompt = row.get("prompt", row.get("input"))
     if isinstance(prompt, list):
         turns = _turns(prompt, "prompt")
         if [turn.get("role") for turn in turns] != ["user"]:

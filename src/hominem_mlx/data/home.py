@@ -35,6 +35,10 @@ FILES: dict[type[Record], str] = {
     Fixture: "data/raw/fixtures.jsonl",
 }
 ANSWERS = "data/raw/teacher_answers.jsonl"
+BATCHES = "data/raw/teacher_batches.jsonl"
+RETESTS = "data/labeled/retests.jsonl"
+OPINIONS = "data/labeled/opinions.jsonl"
+DROPPED = "data/labeled/dropped.jsonl"
 UNLABELLED = "data/labeled/unlabelled.jsonl"
 UNSAMPLED = "data/raw/unsampled.jsonl"
 STARTER = Path(__file__).parents[1] / "starter"
@@ -61,6 +65,12 @@ def read(home: Path, model: type[Row]) -> list[Row]:
     if problems:
         raise InputError(problems)
     return rows
+
+
+def read_aside(home: Path, file: str) -> list[Label]:
+    """Labels of `RETESTS`, `OPINIONS` or `DROPPED`, beside those that are learnt from; none when there is no file."""
+    path = Path(home) / file
+    return read_jsonl(path, Label, unique=None, may_be_empty=True) if path.exists() else []
 
 
 def write(home: Path, model: type[Row], rows: Iterable[Row]) -> None:

@@ -41,8 +41,14 @@ class LocalTeacher:
 
     def sample(self, prompt: str, *, persona: str, instruction: str, index: int) -> str:
         """One sampled reply; its seed comes from the question, so equal questions get equal replies."""
-        question = questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index)
-        seed = int(sha256_json([question.system, question.user])[:8], 16)
+        return self._write(questions.sampling_question(prompt, persona=persona, instruction=instruction, index=index))
+
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
+        """The reply made worse in one dimension, sampled likewise; another `repeat` is another seed."""
+        return self._write(questions.editing_question(prompt, response, dimension, repeat=repeat))
+
+    def _write(self, question: questions.Question) -> str:
+        seed = int(sha256_json([question.system, question.user])[:8], 16) + question.repeat
 
         def ask() -> dict:
             texts = self._lm.complete(
@@ -51,15 +57,33 @@ class LocalTeacher:
             return {"text": texts[0]}
 
         request = {"ask": "sample", "user": question.user, "system": question.system, "max_tokens": self._max_tokens}
+        if question.repeat:
+            request["repeat"] = question.repeat
         text = self._remember(request, ask)["text"]
         if not text.strip():
             raise NoAnswer("the model answered with nothing")
         return text
 
-    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> Rating:
-        """Expected values over the scale, one question a number; there is no rationale."""
+    def rate(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        dimensions: Sequence[Dimension],
+        overall: bool = True,
+        repeat: int = 0,
+        beside: tuple[str, Rating] | None = None,
+    ) -> Rating:
+        """Expected values over the scale, one question a number; there is no rationale.
+
+        The same words would get the same answer, so every other repeat asks with the scale turned round. A changed copy
+        is judged by itself: there is no noise that seeing its original would take away.
+        """
         asked = {d.name: (d.question, d.low, d.high) for d in dimensions} | (OVERALL if overall else {})
-        values = {name: self._expected(prompt, response, *texts) for name, texts in asked.items()}
+        if repeat % 2:
+            values = {n: -self._expected(prompt, response, text, high, low) for n, (text, low, high) in asked.items()}
+        else:
+            values = {name: self._expected(prompt, response, *texts) for name, texts in asked.items()}
         rest = {name: values.pop(name) for name in OVERALL if name in values}
         if "reward_intensity" in rest:
             rest["reward_intensity"] = (rest["reward_intensity"] + 1) / 2  # from [-1, 1] to [0, 1]

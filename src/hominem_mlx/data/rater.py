@@ -1,30 +1,30 @@
 """Numbers for candidate replies, asked of a teacher so that one impression does not colour all of them.
 
-Either all dimensions in one call, in an order drawn from a few shuffles, or one dimension a call. Also pairs, asked in
-both orders, because judges favour a place.
+Either all dimensions in one call, in an order drawn from a few shuffles, or one dimension a call.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel
 
 from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
-from hominem_mlx.data.answers import Progress, ask_all
+from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.records import Label, Reward, Trajectory
-from hominem_mlx.schema import Dimension, Rating, Teacher
+from hominem_mlx.schema import MANIFOLD, Dimension, Rating, Teacher
+
+Call = tuple[Sequence[Dimension], bool]
 
 
 class Rated(BaseModel):
-    """What a run of rating did: labels written, trajectories that had one, and those that stay unlabelled."""
+    """What a run of rating did: labels written, replies that had one, and those that stay unlabelled."""
 
     rated: int = 0
     kept: int = 0
@@ -32,34 +32,36 @@ class Rated(BaseModel):
     """Why there is no label, by trajectory id."""
 
 
-def rate(home: Path, config: Config, teacher: Teacher, *, progress: Progress | None = None) -> Rated:
+def rate(
+    home: Path,
+    config: Config,
+    teacher: Teacher,
+    *,
+    only: Collection[str] | None = None,
+    progress: Progress | None = None,
+) -> Rated:
     """Label every trajectory of the home that has no label yet.
 
     A label is whole or not there: where one number of a reply cannot be had, the reply goes to `unlabelled.jsonl` with
-    the reason, and the next run asks for what is missing.
+    the reason, and the next run asks for what is missing. Contrast edits come last and are judged beside the reply that
+    they are a changed copy of, when this teacher has rated that.
 
     Args:
         home: trajectories are read from it, labels added to it when all are done. Answers are stored as they come.
         config: `teacher.rate_mode`, `data.seed` and the cost limit.
         teacher: who is asked.
+        only: ids of the candidates that are asked about; None is all.
         progress: called as answers come.
 
     Raises: TeacherError when the teacher cannot be used, or would cost more than allowed.
     """
     with homes.holding(home, "rating candidates"):
-        todo, labels, kept = _unrated(home)
-        refuse_if_dear(teacher, estimate(teacher, _questions(todo, config)))
-        calls = [_calls(row, config) for row in todo]
-        jobs = [
-            functools.partial(teacher.rate, row.prompt, row.response, dimensions=dimensions, overall=overall)
-            for row, parts in zip(todo, calls)
-            for dimensions, overall in parts
-        ]
-        answers = iter(ask_all(jobs, concurrency=teacher.concurrency, stage="rate", progress=progress))
+        todo, labels, kept = unrated(home, only)
+        asking = Asking(config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
+        refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
         done = Rated(kept=kept)
         new, open_items = [], []
-        for row, parts in zip(todo, calls):
-            label = _label(row, [(part, next(answers)) for part in parts], teacher.name)
+        for row, label in zip(todo, asking.ask(todo, progress=progress)):
             if isinstance(label, Label):
                 new.append(label)
                 continue
@@ -72,41 +74,116 @@ def rate(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
         return done
 
 
-def cost(home: Path, config: Config, teacher: Teacher) -> Cost:
+def cost(home: Path, config: Config, teacher: Teacher, *, only: Collection[str] | None = None) -> Cost:
     """What `rate` would ask of the teacher, before anything is sent."""
-    return estimate(teacher, _questions(_unrated(home)[0], config))
+    todo, labels, _ = unrated(home, only)
+    asking = Asking(config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
+    return estimate(teacher, asking.questions(todo))
 
 
-def _unrated(home: Path) -> tuple[list[Trajectory], list[Label], int]:
-    """Trajectories without a label, the labels there are, and how many trajectories need none."""
-    trajectories = homes.read(home, Trajectory)
-    if not trajectories:
-        raise InputError("the home has no candidate replies: run `hominem data sample` first")
+def unrated(home: Path, only: Collection[str] | None = None) -> tuple[list[Trajectory], list[Label], int]:
+    """Trajectories without a label, the labels there are, and how many trajectories need none.
+
+    A reply whose label was dropped (`data verify --drop`) needs none.
+    With `only` the first are those with these ids, and the replies of which one of them is an edit.
+    """
+    trajectories = candidates(home)
     labels = homes.read(home, Label)
-    ids, rated = {row.id for row in labels}, {homes.place(row) for row in labels}
+    done = [*labels, *homes.read_aside(home, homes.DROPPED)]
+    ids, rated = {row.id for row in done}, {homes.place(row) for row in done}
     todo = {(row.prompt, row.response): row for row in reversed(trajectories)}  # equal replies are rated once
     todo = {place: row for place, row in todo.items() if row.id not in ids and place not in rated}
     open_rows = [row for row in trajectories if todo.get((row.prompt, row.response)) is row]
-    return open_rows, labels, len(trajectories) - len(open_rows)
+    kept = len(trajectories) - len(open_rows)
+    if only is not None:
+        wanted = {*only, *(row.edit_of for row in open_rows if row.id in only and row.edit_of)}
+        open_rows = [row for row in open_rows if row.id in wanted]
+    return open_rows, labels, kept
 
 
-Call = tuple[Sequence[Dimension], bool]
+def candidates(home: Path) -> list[Trajectory]:
+    """The candidate replies of a home; InputError when there are none."""
+    trajectories = homes.read(home, Trajectory)
+    if not trajectories:
+        raise InputError("the home has no candidate replies: run `hominem data sample` first")
+    return trajectories
 
 
-def _calls(row: Trajectory, config: Config) -> list[Call]:
-    """The calls that make up one rating: which dimensions, in which order, and whether with the other numbers."""
-    order = questions.order_of(row.id, config.data.seed)
-    if config.teacher.rate_mode == "shuffled":
-        return [(order, True)]
-    return [*(([dimension], False) for dimension in order), ([], True)]
+class Asking:
+    """One teacher, asked for ratings as the settings say.
 
+    Args:
+        config: `teacher.rate_mode` and `data.seed`.
+        teacher: who is asked.
+        labels: ratings there are, beside which edits are judged.
+        repeat: above 0 asks anew, in another order of the dimensions.
+    """
 
-def _questions(rows: Sequence[Trajectory], config: Config) -> list[Question]:
-    return [
-        questions.rating_question(row.prompt, row.response, dimensions, overall=overall)
-        for row in rows
-        for dimensions, overall in _calls(row, config)
-    ]
+    def __init__(self, config: Config, teacher: Teacher, labels: Sequence[Label], *, repeat: int = 0):
+        self.config, self.teacher, self.repeat = config, teacher, repeat
+        self._originals = {row.id: row for row in labels if row.labeller == teacher.name}
+
+    def questions(self, rows: Sequence[Trajectory]) -> list[Question]:
+        """All that `ask` would ask. The rating of an original that is not there yet is taken as zeros."""
+        coming = {row.id: row.response for row in rows}
+        asked = []
+        for row in rows:
+            beside = self._beside(row)
+            if beside is None and row.edit_of in coming:
+                zeros = Rating(reward=dict.fromkeys(MANIFOLD.names, 0.0), scalar=0, reward_intensity=0, safety_score=0)
+                beside = (coming[row.edit_of], zeros)
+            asked += [
+                questions.rating_question(
+                    row.prompt, row.response, dimensions, overall=overall, repeat=self.repeat, beside=beside
+                )
+                for dimensions, overall in self._calls(row)
+            ]
+        return asked
+
+    def ask(self, rows: Sequence[Trajectory], *, progress: Progress | None) -> list[Label | str]:
+        """A label for each row, or why there is none. Edits come last, beside what their originals were given."""
+        labels: dict[str, Label | str] = {}
+        for stage in ([row for row in rows if not row.edit_of], [row for row in rows if row.edit_of]):
+            labels |= zip([row.id for row in stage], self._ask(stage, progress))
+            self._originals |= {name: label for name, label in labels.items() if isinstance(label, Label)}
+        return [labels[row.id] for row in rows]
+
+    def _ask(self, rows: Sequence[Trajectory], progress: Progress | None) -> list[Label | str]:
+        calls = [self._calls(row) for row in rows]
+        jobs = [
+            functools.partial(
+                self.teacher.rate,
+                row.prompt,
+                row.response,
+                dimensions=dimensions,
+                overall=overall,
+                repeat=self.repeat,
+                beside=self._beside(row),
+            )
+            for row, parts in zip(rows, calls)
+            for dimensions, overall in parts
+        ]
+        answers = iter(ask(self.teacher, jobs, stage="rate", progress=progress) if jobs else ())
+        return [
+            _label(row, [(part, next(answers)) for part in parts], self.teacher.name) for row, parts in zip(rows, calls)
+        ]
+
+    def _calls(self, row: Trajectory) -> list[Call]:
+        """The calls that make up one rating: which dimensions, in which order, and whether with the other numbers."""
+        drawn_by = f"{row.id} again {self.repeat}" if self.repeat else row.id
+        order = questions.order_of(drawn_by, self.config.data.seed)
+        if self.config.teacher.rate_mode == "shuffled":
+            return [(order, True)]
+        return [*(([dimension], False) for dimension in order), ([], True)]
+
+    def _beside(self, row: Trajectory) -> tuple[str, Rating] | None:
+        """The reply that this one is a changed copy of, and what this teacher gave it."""
+        original = self._originals.get(row.edit_of or "")
+        if original is None:
+            return None
+        numbers = original.reward.model_dump(exclude_none=True)
+        others = {name: numbers.pop(name) for name in questions.OVERALL if name in numbers}
+        return original.response, Rating(reward=numbers, **others)
 
 
 def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], teacher: str) -> Label | str:
@@ -137,48 +214,3 @@ def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], tea
         lowered=row.lowered,
         metadata={**row.metadata, "written_by": row.labeller},
     )
-
-
-# --- pairs in both orders -------------------------------------------------------------------------------------------
-
-
-class Comparison(BaseModel):
-    """What a teacher says of pairs when it sees each in both orders.
-
-    `probabilities` are those that the first reply of each pair is better, None where there was no answer.
-    `position_bias` is by how much the reply shown first is favoured, in [-0.5, 0.5]; `consistent` the share of pairs in
-    which both orders name the same winner.
-    """
-
-    probabilities: list[float | None]
-    position_bias: float | None
-    consistent: float | None
-    unanswered: dict[int, str] = {}
-
-
-def compare_pairs(
-    teacher: Teacher, pairs: Sequence[tuple[str, str, str]], *, progress: Progress | None = None
-) -> Comparison:
-    """Ask which reply of each `(prompt, first, second)` is better, in both orders."""
-    jobs: list[Callable[[], float]] = []
-    for prompt, first, second in pairs:
-        jobs += [
-            functools.partial(teacher.prefers, prompt, first, second),
-            functools.partial(teacher.prefers, prompt, second, first),
-        ]
-    answers = ask_all(jobs, concurrency=teacher.concurrency, stage="compare", progress=progress)
-    result = Comparison(probabilities=[], position_bias=None, consistent=None)
-    shown_first, agree = [], []
-    for index in range(len(pairs)):
-        there, back = answers[2 * index], answers[2 * index + 1]
-        if isinstance(there, NoAnswer) or isinstance(back, NoAnswer):
-            result.probabilities.append(None)
-            result.unanswered[index] = "; ".join(str(a) for a in (there, back) if isinstance(a, NoAnswer))
-            continue
-        result.probabilities.append((there + 1 - back) / 2)
-        shown_first.append((there + back) / 2)
-        agree.append((there - 0.5) * (0.5 - back) > 0 or there == back == 0.5)
-    if agree:
-        result.position_bias = float(np.mean(shown_first) - 0.5)
-        result.consistent = float(np.mean(agree))
-    return result

@@ -24,10 +24,13 @@ class RecordedTeacher:
         self.name = "starter" if path is None else f"recorded:{self.path.name}"
         self._ratings: dict[tuple[str, str], Label] = {}
         self._replies: dict[str, list[str]] = {}
+        self._edits: dict[tuple[str, str], str] = {}
         for label in read_jsonl(self.path, Label):
             self._ratings[label.prompt, label.response] = label
             if label.edit_of is None:  # an edit is a copy made to fall short in one thing, not a candidate
                 self._replies.setdefault(label.prompt, []).append(label.response)
+            elif label.lowered:
+                self._edits[label.edit_of, label.lowered] = label.response
 
     def sample(self, prompt: str, *, persona: str, instruction: str, index: int) -> str:
         """The stored reply number `index` to this very prompt."""
@@ -39,8 +42,19 @@ class RecordedTeacher:
             )
         return replies[index]
 
-    def rate(self, prompt: str, response: str, *, dimensions: Sequence[Dimension], overall: bool = True) -> Rating:
+    def rate(
+        self,
+        prompt: str,
+        response: str,
+        *,
+        dimensions: Sequence[Dimension],
+        overall: bool = True,
+        repeat: int = 0,
+        beside: tuple[str, Rating] | None = None,
+    ) -> Rating:
         """The stored numbers of this very reply."""
+        if repeat:
+            raise NoAnswer("the recorded teacher says the same again; set teacher.kind to local or anthropic")
         label = self._ratings.get((prompt, response))
         if label is None:
             raise NoAnswer(
@@ -59,6 +73,17 @@ class RecordedTeacher:
                 "rationale": label.rationale,
             }
         )
+
+    def edit(self, prompt: str, response: str, *, dimension: Dimension, repeat: int = 0) -> str:
+        """The stored edit of this very reply."""
+        label = self._ratings.get((prompt, response))
+        edit = self._edits.get((label.id, dimension.name)) if label else None
+        if edit is None:
+            raise NoAnswer(
+                f"the recorded teacher holds no copy of this reply with less {dimension.name}; set teacher.kind to "
+                "local or anthropic"
+            )
+        return edit
 
     def prefers(self, prompt: str, first: str, second: str) -> float:
         """1, 0 or 0.5, by the stored overall numbers."""

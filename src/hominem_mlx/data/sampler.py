@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
-from hominem_mlx.data.answers import AnswerStore, Progress, ask_all
+from hominem_mlx.data.answers import AnswerStore, Progress, ask
 from hominem_mlx.data.prompts import STARTER_SOURCE, Material, Persona
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
@@ -69,12 +69,12 @@ def sample(
         texts: dict[str, str | NoAnswer] = dict(
             zip(
                 [slot.id for slot in asked],
-                ask_all(jobs, concurrency=teacher.concurrency, stage="sample", progress=progress),
+                ask(teacher, jobs, stage="sample", progress=progress),
             )
         )
         own = [slot for slot in slots if slot.labeller == STUDENT]
         if student is not None and own:
-            texts |= _student_texts(student, own, config, AnswerStore(Path(home) / homes.ANSWERS), progress)
+            texts |= student_texts(student, own, config, AnswerStore(Path(home) / homes.ANSWERS), progress)
         done = Sampled(kept=len(old))
         new = []
         for slot in slots:
@@ -104,14 +104,7 @@ def _open_slots(
     home: Path, config: Config, teacher: Teacher, student: Generator | None, starter: bool
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Candidates still to be had, as trajectories without a reply of their own, and those there are."""
-    known = homes.read(home, Prompt)
-    prompts = [prompt for prompt in known if starter or prompt.source != STARTER_SOURCE]
-    if not prompts:
-        more = f", or add --starter for the {len(known)} bundled ones" if known else ""
-        raise InputError(
-            f"{Path(home) / homes.FILES[Prompt]}: there is no prompt of your own; `hominem data generate` makes some, "
-            f"`hominem data import FILE` brings yours{more}"
-        )
+    prompts = own_prompts(home, starter=starter)
     old = homes.read(home, Trajectory)
     have = {(row.prompt_id, row.candidate_index) for row in old}
     personas = Material().personas
@@ -122,6 +115,19 @@ def _open_slots(
         if (slot.prompt_id, slot.candidate_index) not in have
     ]
     return slots, old
+
+
+def own_prompts(home: Path, *, starter: bool) -> list[Prompt]:
+    """The prompts of a home that are not the starter corpus's, or with `starter` all; InputError when there is none."""
+    known = homes.read(home, Prompt)
+    prompts = [prompt for prompt in known if starter or prompt.source != STARTER_SOURCE]
+    if not prompts:
+        more = f", or add --starter for the {len(known)} bundled ones" if known else ""
+        raise InputError(
+            f"{Path(home) / homes.FILES[Prompt]}: there is no prompt of your own; `hominem data generate` makes some, "
+            f"`hominem data import FILE` brings yours{more}"
+        )
+    return prompts
 
 
 def plan(
@@ -163,7 +169,7 @@ def _ask(teacher: Teacher, slot: Trajectory) -> str:
     return teacher.sample(slot.prompt, persona=slot.persona, instruction=slot.instruction, index=slot.candidate_index)
 
 
-def _student_texts(
+def student_texts(
     student: Generator, slots: Sequence[Trajectory], config: Config, store: AnswerStore, progress: Progress | None
 ) -> dict[str, str | NoAnswer]:
     """The student's replies in fixed chunks, each stored whole: what a reply is depends on its company in the batch."""

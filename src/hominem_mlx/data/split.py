@@ -1,5 +1,6 @@
 """Which rows may be learnt from. The split hangs on the prompt's id alone, so it stays as the corpus grows."""
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,13 @@ def by_split(rows: Iterable[Row]) -> dict[Split, list[Row]]:
 def words(text: str) -> list[str]:
     """Lower-case words, apostrophes kept: the unit of all word-level measures here."""
     return re.findall(r"[\w']+", text.lower())
+
+
+def words_changed(before: str, after: str) -> float:
+    """Share of the longer text's words that are not in the common sequence of both, in [0, 1]."""
+    one, other = words(before), words(after)
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    return 1 - sum(block.size for block in matcher.get_matching_blocks()) / max(len(one), len(other), 1)
 
 
 class Texts:

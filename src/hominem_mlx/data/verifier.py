@@ -3,7 +3,7 @@
 Ranges and types are the records' business; here are the things no single row shows.
 """
 
-import difflib
+import itertools
 import math
 import random
 from collections import Counter
@@ -14,8 +14,10 @@ import numpy as np
 from pydantic import BaseModel
 
 from hominem_mlx.data import home as homes
-from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words
-from hominem_mlx.metrics import correlation_matrix, participation_ratio, pearson
+from hominem_mlx.data.questions import EDITED_WORDS
+from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words, words_changed
+from hominem_mlx.files import write_jsonl
+from hominem_mlx.metrics import participation_ratio, pearson
 from hominem_mlx.records import Label, RecallQuestion, SftPair
 from hominem_mlx.schema import MANIFOLD
 
@@ -24,7 +26,7 @@ HALO_ROWS = 30  # fewer rows cannot show a halo
 MAX_REPEATED = 0.05  # share of rows whose whole label vector another row has too
 MAX_LENGTH_CORRELATION = 0.15
 MAX_GROSS, GROSS = 0.10, -0.5  # share of rows whose mean is below
-EDIT_FALL, EDIT_DRIFT, EDIT_WORDS = 0.4, 0.15, (0.03, 0.60)
+EDIT_FALL, EDIT_DRIFT = 0.4, 0.15
 ROUNDING = 1e-9
 
 
@@ -80,13 +82,16 @@ def kept(labels: Sequence[Label], verdict: Verdict) -> list[Label]:
 def verify_home(home: Path, *, drop: bool = False) -> Verdict:
     """Verify the labels of a home; with `drop` also take out the rows that are named to be dropped.
 
-    What was taken out is gone from `reward_samples.jsonl` only: the answers it came from are still stored. The verdict
-    is that of the rows before.
+    What was taken out lies in `dropped.jsonl`, and those replies are not rated again; a person's label of one of them
+    is taken as ever. The verdict is that of the rows before.
     """
     with homes.holding(home, "verifying labels"):
         labels = homes.read(home, Label)
         verdict = verify(labels, memory=homes.read(home, SftPair), recall=homes.read(home, RecallQuestion))
         if drop and len(remaining := kept(labels, verdict)) < len(labels):
+            staying = {label.id for label in remaining}
+            gone = [*homes.read_aside(home, homes.DROPPED), *(row for row in labels if row.id not in staying)]
+            write_jsonl(Path(home) / homes.DROPPED, {row.id: row for row in gone}.values())
             homes.write(home, Label, remaining)
         return verdict
 
@@ -157,15 +162,8 @@ def _edit_faults(origin: Label, edit: Label) -> Iterator[str]:
         if name != edit.lowered and abs(before - after) > EDIT_DRIFT + ROUNDING:
             yield f"{name} moves by {after - before:+.2f}, more than {EDIT_DRIFT}"
     share = words_changed(origin.response, edit.response)
-    if not EDIT_WORDS[0] <= share <= EDIT_WORDS[1]:
-        yield f"{share:.0%} of the words differ, not {EDIT_WORDS[0]:.0%} to {EDIT_WORDS[1]:.0%}"
-
-
-def words_changed(before: str, after: str) -> float:
-    """Share of the longer text's words that are not in the common sequence of both, in [0, 1]."""
-    one, other = words(before), words(after)
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    return 1 - sum(block.size for block in matcher.get_matching_blocks()) / max(len(one), len(other), 1)
+    if not EDITED_WORDS[0] <= share <= EDITED_WORDS[1]:
+        yield f"{share:.0%} of the words differ, not {EDITED_WORDS[0]:.0%} to {EDITED_WORDS[1]:.0%}"
 
 
 # --- all rows together ----------------------------------------------------------------------------------------------
@@ -191,21 +189,88 @@ def matrix(labels: Sequence[Label]) -> np.ndarray:
     return np.array(rows, float).reshape(-1, len(MANIFOLD.names))
 
 
-def _halo(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+class Halo(BaseModel):
+    """Do the labels hold several dimensions, or one impression under several names? The gate before any training.
+
+    `faults` shut the gate. `notes` say what could not be looked at, and why.
+    """
+
+    dimensions: list[str] = []
+    participation_ratio: float | None = None
+    wanted: float = MIN_PARTICIPATION
+    mean_abs_correlation: float | None = None
+    faults: list[str] = []
+    notes: list[str] = []
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing speaks against training on these labels."""
+        return not self.faults
+
+
+def halo(labels: Sequence[Label]) -> Halo:
+    """Measure the halo over the dimensions that have labels.
+
+    Each correlation is taken over the rows that have both numbers. With K dimensions the participation ratio must lie a
+    quarter of the way from 1 to K: 2.5 of 7 (`science.md` 2.8). With fewer than `HALO_ROWS` rows nothing is said.
+    """
     values = matrix(labels)
-    values = values[~np.isnan(values).any(axis=1)]
-    if len(values) < HALO_ROWS or (np.ptp(values, axis=0) == 0).any():
-        return
-    correlations = correlation_matrix(values)
-    off = correlations[~np.eye(len(correlations), dtype=bool)]
-    measures["participation_ratio"] = participation_ratio(correlations)
-    measures["mean_abs_correlation"] = float(np.abs(off).mean())
-    if measures["participation_ratio"] < MIN_PARTICIPATION:
-        text = f"the labels have {measures['participation_ratio']:.2f} independent directions, want {MIN_PARTICIPATION}"
-        yield Problem(rule="halo", text=f"{text}: one impression colours all dimensions; rate them one at a time")
-    if measures["mean_abs_correlation"] > MAX_CORRELATION:
-        text = f"dimensions correlate by {measures['mean_abs_correlation']:.2f} on average, want {MAX_CORRELATION}"
-        yield Problem(rule="halo", text=f"{text} at most: add single-axis edits or rate them one at a time")
+    counts = (~np.isnan(values)).sum(axis=0)
+    found = Halo()
+    if len(labels) < HALO_ROWS:
+        found.notes.append(f"{len(labels)} labels are too few to show a halo: {HALO_ROWS} are needed")
+        return found
+    kept = []
+    for k, (name, count) in enumerate(zip(MANIFOLD.names, counts)):
+        if not count:
+            found.notes.append(f"{name}: no reply has a label in it, so nothing can be learnt of it")
+        elif count >= HALO_ROWS and np.nanmax(values[:, k]) == np.nanmin(values[:, k]):
+            found.faults.append(
+                f"{name} is {np.nanmin(values[:, k]):g} in all {count} rows that have it: nothing can be learnt from "
+                "it; rate it again, one dimension a call (teacher.rate_mode=single), or take the number out of the rows"
+            )
+        else:
+            kept.append(k)
+    found.dimensions = [MANIFOLD.names[k] for k in kept]
+    if len(kept) < 2:
+        found.notes.append("with fewer than two dimensions that differ there is no halo to measure")
+        return found
+    correlations = np.eye(len(kept))
+    for i, j in itertools.combinations(range(len(kept)), 2):
+        both = values[:, [kept[i], kept[j]]]
+        both = both[~np.isnan(both).any(axis=1)]
+        correlations[i, j] = correlations[j, i] = pearson(*both.T) if len(both) >= HALO_ROWS else math.nan
+    off = correlations[~np.eye(len(kept), dtype=bool)]
+    if np.isnan(off).any():
+        i, j = np.argwhere(np.isnan(correlations))[0]
+        found.notes.append(
+            f"too few rows have both {found.dimensions[i]} and {found.dimensions[j]} to show a halo: {HALO_ROWS} that "
+            "differ are needed"
+        )
+        return found
+    found.participation_ratio = participation_ratio(correlations)
+    found.mean_abs_correlation = float(np.abs(off).mean())
+    found.wanted = 1 + (len(kept) - 1) * (MIN_PARTICIPATION - 1) / (len(MANIFOLD.names) - 1)
+    if found.participation_ratio < found.wanted:
+        found.faults.append(
+            f"the labels have {found.participation_ratio:.2f} independent directions, want {found.wanted:g}: one "
+            "impression colours all dimensions; rate them one at a time (teacher.rate_mode=single)"
+        )
+    if found.mean_abs_correlation > MAX_CORRELATION:
+        found.faults.append(
+            f"dimensions correlate by {found.mean_abs_correlation:.2f} on average, want {MAX_CORRELATION} at most: add "
+            "single-axis edits (`hominem data sample --edits`) or rate them one at a time"
+        )
+    return found
+
+
+def _halo(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+    found = halo(labels)
+    if found.participation_ratio is not None and found.mean_abs_correlation is not None:
+        measures["participation_ratio"] = found.participation_ratio
+        measures["mean_abs_correlation"] = found.mean_abs_correlation
+    for fault in found.faults:
+        yield Problem(rule="halo", text=fault)
 
 
 def _surface(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:

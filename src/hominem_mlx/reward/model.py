@@ -16,7 +16,7 @@ from hominem_mlx.files import explain, read_json, sha256_bytes, sha256_json, wri
 from hominem_mlx.models import backbone as backbones
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
-from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Reader
+from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.schema import EMPTY, MANIFOLD, Manifold, RewardOutput
@@ -90,6 +90,12 @@ class RewardModel:
             )
         values, members = self.head(mx.array(features))
         return np.array(values), np.array(members)
+
+    def read(self, pairs: Sequence[Pair], home: Path, progress: Progress | None = None) -> np.ndarray:
+        """Features `[N, F]` of pairs, kept in the home where they cost something."""
+        if isinstance(self.features, NgramFeatures):
+            return self.features.read(pairs)[0]
+        return self.features.read_cached(pairs, home, progress)
 
     @property
     def backbone(self) -> str:

@@ -58,7 +58,7 @@ def build(spec: dict):
         import hominem_mlx  # noqa: F401  before mlx, so that it can take OpenBLAS and set up its lanes
     elif installed(package) is None:
         raise ModuleNotFoundError(f"{package} is not installed")
-    elif sys.platform == "linux":
+    elif sys.platform == "linux" and package != "trl":  # torch brings its own, and loses itself in two
         take_openblas()
     import bench_models
 

@@ -87,6 +87,10 @@ def test_the_whole_line(rows, settings, home):
     scored = value("score", "-p", "I passed!", "-r", "You did it!")["scores"]
     probed = value("evaluate", "probe", "-p", "I passed!", "-r", "You did it!", "-r", "So?")
     assert probed["candidates"][0]["scalar"] == pytest.approx(scored[0]["scalar"])
+    page = home / "why.html"
+    reasons = value("score", "-p", "I passed!", "-r", "You did it!", "--why", "empathy", "--html", page)["why"]
+    assert [unit["text"] for unit in reasons["left_out"]] == ["You", "did", "it!"]  # n-grams have no gradient
+    assert "I passed!" in page.read_text()
     lines = [{"prompt": "I passed!", "response": text} for text in ("You did it!", "So?")]
     (home / "replies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [row["scalar"] for row in value("score", "--file", home / "replies.jsonl")["scores"]] == pytest.approx(

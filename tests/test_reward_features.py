@@ -114,8 +114,8 @@ def test_what_exceeds_the_context_is_cut_and_said(tiny):
 
 def count_reads(backbone, monkeypatch) -> list[int]:
     seen: list[int] = []
-    pooled = backbone._pooled
-    monkeypatch.setattr(backbone, "_pooled", lambda passages: seen.append(len(passages)) or pooled(passages))
+    pooled = backbone.features
+    monkeypatch.setattr(backbone, "features", lambda passages: seen.append(len(passages)) or pooled(passages))
     return seen
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hominem_mlx.reward.head import Ridge, RidgeHead, fit, grouped_folds
+from hominem_mlx.reward.head import RidgeHead, fit, grouped_folds
+from hominem_mlx.reward.ridge import Ridge, conjugate_gradients
 
 NAN = float("nan")
 
@@ -28,15 +29,13 @@ def ridge_by_hand(x, y, penalty):
 
 
 def solve(x, y, penalties):
-    with mx.stream(mx.cpu):
-        return Ridge(mx.array(x).astype(mx.float64)).solve(np.arange(len(x)), y, np.array(penalties))
+    return Ridge(x.astype(float)).solve(np.arange(len(x)), y, np.array(penalties))
 
 
 @pytest.mark.parametrize(("rows", "features"), [(12, 30), (30, 12), (12, 12)])
 def test_dual_and_primal_form_are_the_same_regression(rows, features):
     x, y, _ = problem(rows, features)
-    with mx.stream(mx.cpu):
-        assert Ridge(mx.array(x).astype(mx.float64)).is_dual == (rows < features)
+    assert Ridge(x).is_dual == (rows < features)
     weight, bias = solve(x, y, [0.5, 20.0])
     for output, penalty in enumerate([0.5, 20.0]):
         expected, intercept = ridge_by_hand(x, y[:, output], penalty)
@@ -49,24 +48,71 @@ def test_left_out_errors_are_those_of_regressions_fitted_without_the_fold(featur
     x, y, groups = problem(24, features)
     fold = grouped_folds(groups, 4, seed=0)
     rows = np.flatnonzero(np.arange(24) % 5 > 0)  # as when some labels are missing
-    with mx.stream(mx.cpu):
-        found = Ridge(mx.array(x).astype(mx.float64)).left_out_errors(rows, y, fold, [0.5, 20.0])
+    found = Ridge(x.astype(float)).left_out_errors(rows, y, fold, [0.5, 20.0])
     for number, penalty in enumerate([0.5, 20.0]):
-        expected = np.zeros(2)
+        expected = np.zeros((len(rows), 2))
         for out in range(4):
             inside, outside = rows[fold[rows] != out], rows[fold[rows] == out]
             weight, bias = ridge_by_hand(x[inside], y[inside], penalty)
-            expected += np.square(x[outside] @ weight + bias - y[outside]).sum(axis=0)
-        assert found[number] == pytest.approx(expected, rel=1e-8)
+            expected[fold[rows] == out] = y[outside] - x[outside] @ weight - bias
+        np.testing.assert_allclose(found[number], expected, rtol=1e-8, atol=1e-10)
 
 
-def test_numpy_rows_give_what_mlx_rows_give():
-    x, y, groups = problem(15, 40)
-    options = {"penalties": (0.1, 1.0), "folds": 3, "members": 2, "seed": 0, "standardise": False}
-    ours, theirs = fit(x, y, groups, **options), fit(mx.array(x), y, groups, **options)
-    assert ours.penalties == theirs.penalties
-    np.testing.assert_allclose(ours.head.weight, theirs.head.weight, atol=1e-5)
-    np.testing.assert_allclose(ours.head.member_weight, theirs.head.member_weight, atol=1e-5)
+def test_predictions_of_left_out_rows_are_calibrated_and_their_errors_kept():
+    x, y, groups = problem(60, 8)
+    y[3, 1] = np.nan
+    fitted = fit(x, y, groups, penalties=(1.0,), folds=4, members=2, seed=0, standardise=False)
+    fold = grouped_folds(groups, 4, seed=0)
+    for output in range(2):
+        there = np.flatnonzero(~np.isnan(y[:, output]))
+        mean, scale = y[there, output].mean(), y[there, output].std()
+        z = (y[:, output] - mean) / scale
+        left_out = np.full(60, np.nan)
+        for out in range(4):
+            inside = there[fold[there] != out]
+            weight, bias = ridge_by_hand(x[inside], z[inside, None], 1.0)
+            outside = there[fold[there] == out]
+            left_out[outside] = (x[outside] @ weight + bias)[:, 0]
+        slope, intercept = np.polyfit(left_out[there], z[there], 1)
+        errors = (z - intercept - slope * left_out) * scale
+        np.testing.assert_allclose(fitted.left_out[:, output], errors, atol=1e-8)
+        weight, bias = ridge_by_hand(x[there], z[there, None], 1.0)
+        expected = (slope * (x @ weight + bias)[:, 0] + intercept) * scale + mean
+        np.testing.assert_allclose(fitted.head(mx.array(x, mx.float32))[0][:, output], expected, atol=1e-4)
+
+
+def test_one_prompt_alone_calibrates_nothing():
+    x, y, _ = problem(12, 4)
+    fitted = fit(x, y, ["same"] * 12, penalties=(1.0,), folds=4, members=0, seed=0, standardise=False)
+    assert np.isnan(fitted.left_out).all()
+    weight, _ = ridge_by_hand(x, (y - y.mean(0)) / y.std(0), 1.0)
+    np.testing.assert_allclose(fitted.head.weight, weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [6, 60])
+def test_draws_are_regressions_on_the_rows_that_were_drawn(features):
+    x, y, _ = problem(40, features)
+    y[:5, 1] = np.nan
+    ridge, rng = Ridge(x.astype(float)), np.random.default_rng(0)
+    drawn = [rng.integers(0, 40, 37) for _ in range(3)]
+    weights, biases = ridge.draws(drawn, y, np.array([0.5, 20.0]))
+    for rows, weight, bias in zip(drawn, weights, biases, strict=True):
+        for output, penalty in enumerate([0.5, 20.0]):
+            there = rows[~np.isnan(y[rows, output])]
+            expected, intercept = ridge_by_hand(x[there], y[there, output], penalty)
+            np.testing.assert_allclose(weight[:, output], expected, atol=1e-6)
+            assert bias[output] == pytest.approx(intercept, abs=1e-6)
+
+
+def test_conjugate_gradients_solve_each_system_by_itself():
+    rng = np.random.default_rng(0)
+    made = rng.normal(size=(3, 8, 8))
+    systems = made @ made.transpose(0, 2, 1) + np.eye(8)
+    right = rng.normal(size=(8, 3))
+    right[:, 2] = 0.0
+    found = conjugate_gradients(lambda w: np.einsum("kfg,gk->fk", systems, w), lambda r: r / 3, right)
+    expected = np.stack([np.linalg.solve(systems[k], right[:, k]) for k in range(3)], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", [5, 50])
@@ -88,7 +134,7 @@ def test_what_stands_in_a_masked_row_of_another_dimension_does_not_matter():
     other = y.copy()
     other[3:6, 1] += 5.0
     options = {"penalties": (1.0,), "folds": 3, "members": 0, "seed": 0}
-    first, second = fit(mx.array(x), y, groups, **options), fit(mx.array(x), other, groups, **options)
+    first, second = fit(x, y, groups, **options), fit(x, other, groups, **options)
     assert mx.array_equal(first.head.weight[:, 0], second.head.weight[:, 0]).item()
     assert not mx.array_equal(first.head.weight[:, 1], second.head.weight[:, 1]).item()
 
@@ -96,7 +142,7 @@ def test_what_stands_in_a_masked_row_of_another_dimension_does_not_matter():
 def test_standardisation_is_undone_exactly_once():
     x, y, groups = problem(60, 4, noise=0.0)
     y = y * 7.0 + 3.0  # far from mean 0 and variance 1
-    head = fit(mx.array(x), y, groups, penalties=(1e-9,), folds=3, members=3, seed=0).head
+    head = fit(x, y, groups, penalties=(1e-9,), folds=3, members=3, seed=0).head
     values, members = head(mx.array(x))
     np.testing.assert_allclose(values, y, atol=1e-3)
     np.testing.assert_allclose(members, np.broadcast_to(y, (3, *y.shape)), atol=1e-3)
@@ -104,7 +150,7 @@ def test_standardisation_is_undone_exactly_once():
 
 def test_standardised_rows_have_mean_squared_length_one():
     x, y, groups = problem(40, 25)
-    head = fit(mx.array(x), y, groups, penalties=(1.0,), folds=3, members=0, seed=0).head
+    head = fit(x, y, groups, penalties=(1.0,), folds=3, members=0, seed=0).head
     z = (x - np.array(head.feature_mean)) / np.array(head.feature_scale)
     assert np.square(z).sum(axis=1).mean() == pytest.approx(1.0, abs=1e-5)
 
@@ -113,7 +159,7 @@ def test_features_and_labels_that_never_move_do_no_harm():
     x, y, groups = problem(21, 6)
     x[:, 2] = 4.0
     y[:, 1] = -0.25
-    head = fit(mx.array(x), y, groups, penalties=(0.1, 1.0), folds=3, members=2, seed=0).head
+    head = fit(x, y, groups, penalties=(0.1, 1.0), folds=3, members=2, seed=0).head
     values, members = head(mx.array(x + 1.0))
     assert np.isfinite(np.array(values)).all() and np.isfinite(np.array(members)).all()
     np.testing.assert_allclose(np.array(values)[:, 1], -0.25, atol=1e-6)
@@ -123,13 +169,13 @@ def test_penalty_follows_the_evidence_output_by_output():
     rng = np.random.default_rng(3)
     x = rng.normal(size=(90, 20)).astype(np.float32)
     y = np.stack([x @ rng.normal(size=20), rng.normal(size=90)], axis=1)  # the second is noise
-    fitted = fit(mx.array(x), y, [f"p{i // 3}" for i in range(90)], penalties=(1e-3, 1e3), folds=5, members=0, seed=0)
+    fitted = fit(x, y, [f"p{i // 3}" for i in range(90)], penalties=(1e-3, 1e3), folds=5, members=0, seed=0)
     assert fitted.penalties == [1e-3, 1e3]
 
 
 def test_members_agree_where_there_is_much_to_learn_from_and_less_elsewhere():
     x, y, groups = problem(120, 6, noise=0.3)
-    head = fit(mx.array(x), y, groups, penalties=(0.01,), folds=3, members=16, seed=0).head
+    head = fit(x, y, groups, penalties=(0.01,), folds=3, members=16, seed=0).head
     near = np.array(head(mx.array(x.mean(axis=0, keepdims=True)))[1]).std(axis=0)
     far = np.array(head(mx.array(x.mean(axis=0, keepdims=True) + 30.0))[1]).std(axis=0)
     assert (near > 0).all() and (far > 3 * near).all()
@@ -137,9 +183,11 @@ def test_members_agree_where_there_is_much_to_learn_from_and_less_elsewhere():
 
 def test_a_bootstrap_member_is_a_fit_on_prompts_drawn_with_replacement():
     x, y, groups = problem(9, 4)  # three prompts: a member sees at most three different ones
-    head = fit(mx.array(x), y, groups, penalties=(0.5,), folds=3, members=12, seed=0).head
+    head = fit(x, y, groups, penalties=(0.5,), folds=3, members=12, seed=0).head
     z = (x - np.array(head.feature_mean)) / np.array(head.feature_scale)
     t = (y - np.array(head.label_mean)) / np.array(head.label_scale)
+    slope = np.array(head.weight) / ridge_by_hand(z, t, 0.5)[0]  # of the calibration, which members share
+    np.testing.assert_allclose(slope, np.broadcast_to(slope[0], slope.shape), rtol=1e-4)
     possible = []
     for a in range(3):
         for b in range(a, 3):
@@ -147,15 +195,15 @@ def test_a_bootstrap_member_is_a_fit_on_prompts_drawn_with_replacement():
                 rows = np.concatenate([np.arange(3 * p, 3 * p + 3) for p in (a, b, c)])
                 possible.append(ridge_by_hand(z[rows], t[rows], 0.5)[0])
     for weight in np.array(head.member_weight):
-        assert min(np.abs(weight - candidate).max() for candidate in possible) < 1e-5
+        assert min(np.abs(weight - slope * candidate).max() for candidate in possible) < 1e-5
 
 
 def test_same_seed_same_bits():
     x, y, groups = problem(30, 50)
     options = {"penalties": (0.1, 1.0), "folds": 3, "members": 4}
-    first = fit(mx.array(x), y, groups, seed=1, **options).head.parameters()
-    again = fit(mx.array(x), y, groups, seed=1, **options).head.parameters()
-    other = fit(mx.array(x), y, groups, seed=2, **options).head.parameters()
+    first = fit(x, y, groups, seed=1, **options).head.parameters()
+    again = fit(x, y, groups, seed=1, **options).head.parameters()
+    other = fit(x, y, groups, seed=2, **options).head.parameters()
     assert all(mx.array_equal(first[name], again[name]).item() for name in first)
     assert not mx.array_equal(first["member_weight"], other["member_weight"]).item()
 

@@ -105,8 +105,9 @@ class RewardOutput(BaseModel):
     """What a reward model says of one reply.
 
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
-    (>= 0, same unit; of scalar, intensity and safety too), `unclipped` the values before clipping, `scalar`
-    the weighted mean. `flags` says when a value deserves less trust: `empty_response`, `truncated`.
+    (>= 0, same unit; of scalar, intensity and safety too); `unclipped` the values before clipping; `width` half of the
+    interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `flags` says
+    when a value deserves less trust: `empty_response`, `truncated`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -115,6 +116,7 @@ class RewardOutput(BaseModel):
     safety_score: Signed
     scalar: Signed
     uncertainty: dict[str, float] = {}
+    width: dict[str, float] = {}
     unclipped: dict[str, float] = {}
     flags: tuple[str, ...] = ()
 

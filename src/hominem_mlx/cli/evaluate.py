@@ -180,6 +180,9 @@ def show_account(console: "Console", account: dict[str, Any]) -> None:
         ["mean correlation", account["pearson_mean"], account["baseline_pearson_mean"], ""],
         ["mean residual correlation", residual["mean"], residual["baseline_mean"], f"p = {_shown(residual['p'])}"],
     ]  # fmt: skip
+    if calibrated := account.get("calibration"):
+        told = ", ".join(f"{share:.0%} within {float(level):.0%}" for level, share in calibrated["coverage"].items())
+        rows.append(["calibration error", calibrated["error"], None, f"worst {_shown(calibrated['worst'])}; {told}"])
     console.say()
     console.table(["overall", "model", "n-grams", ""], rows)
 

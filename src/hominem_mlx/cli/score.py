@@ -12,27 +12,53 @@ from hominem_mlx.cli.session import Session, shares
 @click.option("-p", "--prompt", help="What was said.")
 @click.option("-r", "--response", help="The reply to judge.")
 @click.option("--file", metavar="FILE", type=click.Path(dir_okay=False), help="JSONL rows with prompt and response.")
+@click.option("--why", metavar="NAME", multiple=True, help="Show which words moved an output (or scalar); repeatable.")
+@click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="Write the reasons as a page too.")
 @shares()
-def score(session: Session, prompt: str | None, response: str | None, file: str | None) -> None:
+def score(
+    session: Session,
+    prompt: str | None,
+    response: str | None,
+    file: str | None,
+    why: tuple[str, ...],
+    html: str | None,
+) -> None:
     """Let the reward model judge replies.
 
-    One reply with --prompt and --response, or a file of rows that hold `prompt` and `response`.
+    One reply with --prompt and --response, or a file of rows that hold `prompt` and `response`. With --why the words
+    of one reply are told apart: which of them raised an output, which lowered it.
     """
+    if (why or html) and (file is not None or not why):
+        raise click.UsageError("--why is for one reply (--prompt, --response), and --html shows what --why finds")
     if (file is None) == (prompt is None and response is None) or (file is None and not (prompt and response)):
         raise click.UsageError("give --prompt and --response, or --file")
     pairs = [(str(prompt), str(response))] if file is None else _read(Path(file))
     artifact = session.reward_artifact()
-    outputs = session.reward_model().score_many(pairs)
+    model = session.reward_model()
+    outputs = model.score_many(pairs)
     rows: list[dict[str, Any]] = [
         {"prompt": asked, "response": said, **output.model_dump()}
         for (asked, said), output in zip(pairs, outputs, strict=True)
     ]
-    session.console.result({"reward_model": artifact and artifact.ref, "scores": rows})
+    reasons = {}
+    if why:
+        from hominem_mlx.reward import attribution
+
+        reasons["why"] = attribution.report(model, *pairs[0], why)
+    session.console.result({"reward_model": artifact and artifact.ref, "scores": rows, **reasons})
     if file is None:
         output = outputs[0]
-        values = [[name, value, output.uncertainty.get(name)] for name, value in output.reward_vector.items()]
-        values += [["scalar", output.scalar, None], ["reward_intensity", output.reward_intensity, None]]
-        session.console.table(["", "value", "+-"], [*values, ["safety_score", output.safety_score, None]])
+        values = output.reward_vector | {"scalar": output.scalar}
+        values |= {"reward_intensity": output.reward_intensity, "safety_score": output.safety_score}
+        shown = [[name, value, output.uncertainty.get(name), output.width.get(name)] for name, value in values.items()]
+        session.console.table(["", "value", "doubt", "9 of 10 within"], shown)
+        if why:
+            from hominem_mlx.cli import highlight
+            from hominem_mlx.files import write_atomic
+
+            highlight.show(session.console, reasons["why"])
+            if html is not None:
+                write_atomic(Path(html), highlight.page(reasons["why"]))
         return
     session.console.table(
         ["row", "scalar", "intensity", "safety", *outputs[0].reward_vector],

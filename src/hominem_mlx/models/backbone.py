@@ -132,24 +132,39 @@ class LanguageModel:
 
     # --- tokens to numbers -----------------------------------------------------------------------------------------
 
-    def hidden_states(self, tokens: mx.array, layers: Sequence[int]) -> list[mx.array]:
+    def hidden_states(
+        self, tokens: mx.array, layers: Sequence[int], embedded: mx.array | None = None
+    ) -> list[mx.array]:
         """Outputs of blocks.
 
         Args:
             tokens: `[B, T]`, padded on the right (causal attention never looks there).
             layers: block numbers in 0..num_layers; 0 is what the first block reads.
+            embedded: `[B, T, D]` in place of what the table holds for the tokens.
 
         Returns: one `[B, T, D]` float32 array a layer, unnormalised.
         """
         body = self.model.model
-        blocks = body.layers
+        own = {"layers": body.layers}
         seen: list[mx.array] = []
-        body.layers = [_Recorder(block, seen) for block in blocks]
+        body.layers = [_Recorder(block, seen) for block in body.layers]
+        if embedded is not None:
+            own["embed_tokens"] = self.table
+            body.embed_tokens = _Given(embedded)
         try:
             body(tokens)
         finally:
-            body.layers = blocks
+            for name, value in own.items():
+                setattr(body, name, value)
         return [seen[layer].astype(mx.float32) for layer in layers]
+
+    @property
+    def table(self) -> nn.Module:
+        """Tokens `[...]` to their vectors `[..., D]`, before the model scales them. Raises: ModelError without one."""
+        table = getattr(self.model.model, "embed_tokens", None)
+        if table is None:
+            raise ModelError(f"{self.name}: a {type(self.model).__module__} model keeps its token vectors elsewhere")
+        return table
 
     def body_and_head(self) -> tuple[Callable, Callable] | None:
         """The model split before its output layer, or None where the two do not make the whole.
@@ -198,6 +213,17 @@ def conversation(
     """A user message after its history as messages of a chat."""
     first = [{"role": "system", "content": system}] if system else []
     return [*first, *history, {"role": "user", "content": prompt}]
+
+
+class _Given(nn.Module):
+    """Stands where a model looks its tokens up, and gives vectors that are there already."""
+
+    def __init__(self, vectors: mx.array):
+        super().__init__()
+        self.vectors = vectors
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.vectors
 
 
 class _Recorder:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import read_json, sha256_file, sha256_json
+from hominem_mlx.models import platform
 from hominem_mlx.schema import EMPTY, TRUNCATED
 
 NAME = "all-MiniLM-L6-v2"
@@ -60,6 +61,10 @@ def gelu(x: mx.array) -> mx.array:
     return x * (0.5 + 0.5 * (u * p / q))
 
 
+def _fused(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array, **_) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a text, both directions."""
 
@@ -76,7 +81,7 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).reshape(B, T, self.heads, -1).transpose(0, 2, 1, 3) for layer in (self.query, self.key, self.value)
         )
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(D // self.heads) ** -0.5, mask=mask)
+        mixed = platform.attention(_fused, q, k, v, cache=None, scale=(D // self.heads) ** -0.5, mask=mask)
         return self.out(mixed.transpose(0, 2, 1, 3).reshape(B, T, D))
 
 
@@ -107,17 +112,21 @@ class Bert(nn.Module):
         self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
         self.layers = [Block(shape) for _ in range(shape.num_hidden_layers)]
 
-    def __call__(self, tokens: mx.array, types: mx.array, lengths: mx.array) -> list[mx.array]:
+    def __call__(
+        self, tokens: mx.array, types: mx.array, lengths: mx.array, embedded: mx.array | None = None
+    ) -> list[mx.array]:
         """What the first block reads, and what each block says.
 
         Args:
             tokens, types: int32 `[B, T]`, padded on the right; lengths: int32 `[B]`, tokens that are real.
+            embedded: `[B, T, D]` in place of what the table holds for the tokens.
 
         Returns: 1 + num_layers float32 `[B, T, D]` arrays; values at padding mean nothing. Lazy: blocks nobody looks at
         are not computed.
         """
         places = mx.arange(tokens.shape[1])
-        x = self.norm(self.word(tokens) + self.position(places) + self.token_type(types))
+        words = self.word(tokens) if embedded is None else embedded
+        x = self.norm(words + self.position(places) + self.token_type(types))
         mask = mx.where(places < lengths[:, None], 0.0, -mx.inf)[:, None, None, :]
         seen = [x]
         for block in self.layers:
@@ -174,16 +183,28 @@ class Encoder:
         said_at = (len(first), len(first) + max(1, len(kept)))
         return Passage(first + second, types, (1, len(first) - 1), said_at, flags)
 
-    def hidden_states(self, rows: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
-        """Outputs of the blocks numbered `layers` (0 is what the first one reads), `[B, T, D]` float32 each."""
+    def hidden_states(
+        self, rows: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
+    ) -> list[mx.array]:
+        """Outputs of the blocks numbered `layers` (0 is what the first one reads), `[B, T, D]` float32 each.
+
+        With `embedded` `[B, T, D]` the blocks read that in place of the tokens' own vectors.
+        """
         tokens = np.zeros((len(rows), max(len(row.tokens) for row in rows)), np.int32)
         types = np.zeros_like(tokens)
         for index, row in enumerate(rows):
             tokens[index, : len(row.tokens)] = row.tokens
             types[index, : len(row.types)] = row.types
         lengths = mx.array([len(row.tokens) for row in rows])
-        seen = self.model(mx.array(tokens), mx.array(types), lengths)
+        seen = self.model(mx.array(tokens), mx.array(types), lengths, embedded)
         return [seen[layer] for layer in layers]
+
+    def pieces(self, response: str, passage: Passage) -> list[str]:
+        """The reply cut at its tokens, as much of it as was read: joined again they are that text."""
+        starts = [start for start, _ in self.tokenizer.encode(response, add_special_tokens=False).offsets]
+        kept = starts[: passage.said[1] - passage.said[0]]
+        ends = [*starts[1:], len(response)][: len(kept)]
+        return [response[start if index else 0 : end] for index, (start, end) in enumerate(zip(kept, ends))]
 
     def embed(self, texts: Sequence[str], *, batch: int = 32) -> np.ndarray:
         """Unit-length sentence embeddings `[N, D]`: the mean of the last block over all tokens."""

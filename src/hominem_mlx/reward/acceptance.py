@@ -8,7 +8,7 @@ import numpy as np
 from hominem_mlx.records import Label
 from hominem_mlx.reward.examine import compare
 from hominem_mlx.reward.model import RewardModel
-from hominem_mlx.reward.train import overall, targets
+from hominem_mlx.reward.train import edits, overall, targets
 
 MIN_PARTICIPATION = 2.5  # independent directions of the labels; below, one impression colours all (`science.md` 2.8)
 
@@ -50,4 +50,13 @@ def held_out(model: RewardModel, baseline: RewardModel, labels: Sequence[Label],
         for judge in (model, baseline)
     )
     groups = np.array([row.prompt_id for row in labels])
-    return compare(predicted, plain, targets(labels), overall(labels), groups, seed=seed, manifold=model.manifold)
+    return compare(
+        predicted,
+        plain,
+        targets(labels),
+        overall(labels),
+        groups,
+        edits=edits(labels, model.manifold),
+        seed=seed,
+        manifold=model.manifold,
+    )

@@ -1,6 +1,8 @@
 """What a reward model is worth: its predictions beside a baseline's, on rows neither was fitted on."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +10,9 @@ from hominem_mlx import metrics
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.schema import MANIFOLD, Manifold
 
+CERTAIN = 0.01  # chance below which a dimension counts as found
+Edit = tuple[int, int, int]  # row of a contrast edit, row of the reply it was made from, index of what it lowers
+LEVELS = (0.5, 0.8, 0.9)  # of intervals that are examined
 CLEAR, CLOSE = 0.3, 0.05  # label margins: from CLEAR on a pair is clear, from CLOSE up to CLEAR it is close
 
 
@@ -18,6 +23,7 @@ def compare(
     scalar: np.ndarray,
     groups: np.ndarray,
     *,
+    edits: Sequence[Edit] = (),
     seed: int = 0,
     manifold: Manifold = MANIFOLD,
 ) -> dict:
@@ -27,6 +33,7 @@ def compare(
         predicted, baseline: out-of-fold predictions `[N, K + 2]` of dimensions, intensity, safety.
         labels: `[N, K + 2]`, NaN where there is none; scalar: overall label `[N]`.
         groups: the prompt of each row.
+        edits: contrast edits among the rows.
         seed: of bootstrap and permutations.
 
     Returns: flat measures of the model and, as `baseline_...`, of the baseline (see `measure`); the paired differences
@@ -46,7 +53,35 @@ def compare(
         a, owners = metrics.pair_outcomes(_scalar(predicted, manifold), scalar, groups, low=low, high=high)
         b, _ = metrics.pair_outcomes(_scalar(baseline, manifold), scalar, groups, low=low, high=high)
         account[f"{name}_difference"] = metrics.paired_bootstrap(a, b, owners, seed=seed)._asdict()
+    account["contrasts"] = contrasts(predicted, edits, groups, seed=seed, manifold=manifold)
+    account["baseline_contrasts"] = contrasts(baseline, edits, groups, seed=seed, manifold=manifold)
     return _plain(account)
+
+
+def contrasts(
+    predicted: np.ndarray,
+    edits: Sequence[Edit],
+    groups: np.ndarray,
+    *,
+    seed: int = 0,
+    manifold: Manifold = MANIFOLD,
+) -> dict[str, Any]:
+    """How often lowering one dimension of a reply lowers that prediction, and moves no other as far.
+
+    Predictions `[N, K + 2]` are compared in standard deviations of their dimension over all rows.
+
+    Returns: `share` (chance: 1 / K, halved for the direction), its 95 % interval `low`, `high` by bootstrap over
+        prompts, and `n`.
+    """
+    size = len(manifold.names)
+    z = predicted[:, :size] / np.maximum(predicted[:, :size].std(axis=0), 1e-12)
+    hits, owners = [], []
+    for edited, origin, dimension in edits:
+        fall = z[origin] - z[edited]
+        hits.append(float(fall[dimension] > 0 and np.abs(fall).argmax() == dimension))
+        owners.append(groups[edited])
+    share = metrics.bootstrap(np.array(hits), np.array(owners), seed=seed)
+    return {"share": share.mean, "low": share.low, "high": share.high, "n": len(hits)}
 
 
 def measure(
@@ -60,11 +95,14 @@ def measure(
 ) -> dict:
     """Errors, correlations and pair accuracies, for each output and overall; shapes as in `compare`.
 
-    `residual["p"]` is the chance of so high a mean residual correlation when replies of one prompt swap their labels.
+    `residual["p"]` is the chance of so high a mean residual correlation when replies of one prompt swap their labels,
+    `certain` how many dimensions have one below 0.01 by themselves; `spread` is the standard deviation of predictions
+    over that of labels.
     """
     size = len(manifold.names)
     residual = metrics.residual_correlations(predicted[:, :size], labels[:, :size])
-    outputs = {}
+    p_values = _residual_p(predicted[:, :size], labels[:, :size], groups, seed=seed)
+    outputs: dict[str, dict[str, float]] = {}
     for index, name in enumerate((*manifold.names, *EXTRA)):
         p, y = predicted[:, index], labels[:, index]
         outputs[name] = {
@@ -76,6 +114,8 @@ def measure(
         }
         if index < size:
             outputs[name]["residual_pearson"] = residual[index]
+            outputs[name]["residual_p"] = p_values[index]
+            outputs[name]["spread"] = float(np.nanstd(p) / np.nanstd(y)) if np.nanstd(y) > 0 else math.nan
     overall = _scalar(predicted, manifold)
     clear, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLEAR)
     close, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLOSE, high=CLEAR)
@@ -88,11 +128,45 @@ def measure(
         "pearson_scalar": metrics.pearson(overall, scalar),
         "residual": {
             "mean": float(residual.mean()),
-            "p": _residual_p(predicted[:, :size], labels[:, :size], groups, seed=seed),
+            "p": p_values[size],
+            "certain": int((p_values[:size] < CERTAIN).sum()),
         },
         "participation_ratio": _ratio(predicted[:, :size]),
         "outputs": outputs,
     }
+
+
+def widths(left_out: np.ndarray, levels: Sequence[float] = LEVELS) -> np.ndarray:
+    """Half-width `[levels, O]` of an interval around a prediction that holds the label so often.
+
+    Args:
+        left_out: label minus prediction `[N, O]` of rows that were not fitted on, NaN where there is no label.
+        levels: chances, in (0, 1).
+    """
+    return np.array([[metrics.conformal_width(column, level) for column in left_out.T] for level in levels])
+
+
+def calibration(
+    predicted: np.ndarray, labels: np.ndarray, promised: np.ndarray, *, manifold: Manifold = MANIFOLD
+) -> dict[str, Any]:
+    """Do predictions mean what they say? All on rows that were not fitted on.
+
+    Args:
+        predicted, labels: `[N, K + 2]`.
+        promised: half-widths `[LEVELS, N, K + 2]` of intervals, from rows of other prompts.
+
+    Returns: `error` (mean over dimensions of the calibration error), `worst`, `outputs` (each one's) and `coverage`:
+        by level the share of labels of all dimensions inside their interval.
+    """
+    size = len(manifold.names)
+    names = (*manifold.names, *EXTRA)
+    errors = {name: metrics.calibration_error(predicted[:, i], labels[:, i]) for i, name in enumerate(names)}
+    own = [errors[name] for name in manifold.names]
+    off = (labels - predicted)[:, :size]
+    covered = {
+        str(level): metrics.coverage(off, width[:, :size]) for level, width in zip(LEVELS, promised, strict=True)
+    }
+    return _plain({"error": float(np.mean(own)), "worst": max(own), "outputs": errors, "coverage": covered})
 
 
 def _scalar(values: np.ndarray, manifold: Manifold) -> np.ndarray:
@@ -100,14 +174,20 @@ def _scalar(values: np.ndarray, manifold: Manifold) -> np.ndarray:
     return values[:, : len(weights)] @ weights / weights.sum()
 
 
-def _residual_p(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int) -> float:
+def _residual_p(predicted: np.ndarray, labels: np.ndarray, groups: np.ndarray, *, seed: int) -> np.ndarray:
+    """Chance of so high a residual correlation, of each dimension and of their mean, `[K + 1]`."""
     whole = ~np.isnan(labels).any(axis=1)
     if whole.sum() < 3:
-        return math.nan
+        return np.full(labels.shape[1] + 1, math.nan)
     ours, theirs = (metrics.residuals(values[whole]) for values in (predicted, labels))
     ours = (ours - ours.mean(axis=0)) / np.maximum(ours.std(axis=0), 1e-12)
     theirs = (theirs - theirs.mean(axis=0)) / np.maximum(theirs.std(axis=0), 1e-12)
-    return metrics.permutation_p(lambda rows: float((ours * rows).mean()), theirs, groups[whole], seed=seed)
+
+    def agreement(rows: np.ndarray) -> np.ndarray:
+        each = (ours * rows).mean(axis=0)
+        return np.append(each, each.mean())
+
+    return metrics.permutation_p(agreement, theirs, groups[whole], seed=seed)
 
 
 def _ratio(values: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,8 +58,23 @@ class Reader(Protocol):
         """The pair in tokens."""
         ...
 
-    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
-        """`[N, T, D]` float32 a layer."""
+    def hidden_states(
+        self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
+    ) -> list[mx.array]:
+        """`[N, T, D]` float32 a layer; with `embedded` `[N, T, D]` that is read in place of the tokens' own vectors."""
+        ...
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens `[...]` to their own vectors `[..., D]`, float32: what `embedded` stands for."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        ...
+
+    def pieces(self, response: str, passage: Passage) -> list[str]:
+        """The reply at each token of `said`, in order; joined they are the reply as it was read."""
         ...
 
 
@@ -75,9 +91,24 @@ class EncoderReader:
         """The pair in tokens."""
         return self.encoder.pair(prompt, response)
 
-    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+    def hidden_states(
+        self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
+    ) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
-        return self.encoder.hidden_states(passages, layers)
+        return self.encoder.hidden_states(passages, layers, embedded)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens to their own vectors."""
+        return self.encoder.model.word(tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        return self.encoder.shape.vocab_size
+
+    def pieces(self, response: str, passage: Passage) -> list[str]:
+        """The reply at each of its tokens."""
+        return self.encoder.pieces(response, passage)
 
 
 class LmReader:
@@ -100,13 +131,33 @@ class LmReader:
         asked = len(row.prompt)
         return Passage(tokens, [0] * len(tokens), (0, asked), (asked, len(tokens)), flags)
 
-    def hidden_states(self, passages: Sequence[Passage], layers: Sequence[int]) -> list[mx.array]:
+    def hidden_states(
+        self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
+    ) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
         tokens = np.zeros((len(passages), max(len(passage.tokens) for passage in passages)), np.int32)
         for index, passage in enumerate(passages):
             tokens[index, : len(passage.tokens)] = passage.tokens
         with lora.without_adapter(self.lm):
-            return self.lm.hidden_states(mx.array(tokens), layers)
+            return self.lm.hidden_states(mx.array(tokens), layers, embedded)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Tokens to their own vectors."""
+        with lora.without_adapter(self.lm):
+            return self.lm.table(tokens).astype(mx.float32)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are."""
+        return len(self.lm.table.weight)
+
+    def pieces(self, response: str, passage: Passage) -> list[str]:
+        """The reply at each of its tokens; the one that ends it has no text."""
+        tokens = passage.tokens[passage.said[0] : passage.said[1]]
+        ended = tokens[-1] == self.lm.end_of_turn
+        texts = [self.lm.tokenizer.decode(tokens[:count]) for count in range(len(tokens) - ended + 1)]
+        texts[:-1] = [text.rstrip("\ufffd") for text in texts[:-1]]  # a sign of several tokens comes with its last one
+        return [now[len(before) :] for before, now in itertools.pairwise(texts)] + [""] * ended
 
 
 def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str]) -> mx.array:
@@ -130,11 +181,16 @@ def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[s
     made = {
         "mean": lambda: mean,
         "max": lambda: mx.where(reply, hidden, -mx.inf).max(1),
-        "std": lambda: mx.sqrt(mx.where(reply, mx.square(hidden - mean[:, None]), 0.0).sum(1) / reply.sum(1)),
+        "std": lambda: _root(mx.where(reply, mx.square(hidden - mean[:, None]), 0.0).sum(1) / reply.sum(1)),
         "last": lambda: mx.take_along_axis(hidden, (said[:, 1] - 1)[:, None, None], axis=1)[:, 0],
         "gap": lambda: mx.abs(mean - mx.where(prompt, hidden, 0.0).sum(1) / mx.maximum(prompt.sum(1), 1)),
     }
     return mx.concatenate([made[name]() for name in poolings], axis=1)
+
+
+def _root(x: mx.array) -> mx.array:
+    """Square root whose slope at 0 is 0 and not infinite: a reply of one token has no spread."""
+    return mx.where(x > 0, mx.sqrt(mx.where(x > 0, x, 1.0)), 0.0)
 
 
 class Backbone:
@@ -184,17 +240,18 @@ class Backbone:
             made = []
             for lane, passages in zip(lanes(), batches[first:]):
                 with mx.stream(lane):
-                    made.append(self._pooled(passages))
+                    made.append(self.features(passages))
             mx.eval(made)
             for features in map(np.array, made):
                 if not np.isfinite(features).all():
                     raise ModelError(f"{self.reader.name} gives hidden states that are not finite; is it damaged?")
                 yield features
 
-    def _pooled(self, passages: Sequence[Passage]) -> mx.array:
+    def features(self, passages: Sequence[Passage], embedded: mx.array | None = None) -> mx.array:
+        """Features `[N, F]` of passages, as a graph; `embedded` `[N, T, D]` in place of their tokens' own vectors."""
         asked = mx.array([passage.asked for passage in passages])
         said = mx.array([passage.said for passage in passages])
-        states = self.reader.hidden_states(passages, self.spec.layers)
+        states = self.reader.hidden_states(passages, self.spec.layers, embedded)
         return mx.concatenate([pool(h, asked, said, self.spec.poolings) for h in states], axis=1)
 
 

@@ -22,6 +22,7 @@ from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.schema import EMPTY, MANIFOLD, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
+WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the prediction
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
 GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
 
@@ -39,6 +40,7 @@ class Card(BaseModel):
     layers: tuple[int, ...] = ()
     poolings: tuple[str, ...] = ()
     penalties: dict[str, float] = {}
+    width: dict[str, float] = {}
 
 
 class RewardModel:
@@ -148,6 +150,7 @@ class RewardModel:
             safety_score=min(1.0, max(-1.0, unclipped["safety_score"])),
             scalar=self.manifold.scalar(list(vector.values())),
             uncertainty=uncertainty,
+            width=self.card.width,
             unclipped=unclipped,
             flags=flags,
         )

@@ -14,10 +14,10 @@ from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
 from hominem_mlx.reward import head as heads
-from hominem_mlx.reward.examine import CLEAR, compare
+from hominem_mlx.reward.examine import CLEAR, LEVELS, Edit, calibration, compare, widths
 from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
-from hominem_mlx.reward.model import GET_ENCODER, Card, RewardModel, open_reader
+from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.schema import MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
@@ -186,6 +186,16 @@ def overall(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarra
     return np.array([row.reward.overall(manifold) for row in labels], float)
 
 
+def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> list[Edit]:
+    """The contrast edits among rows whose originals are there too."""
+    place = {row.id: index for index, row in enumerate(labels)}
+    return [
+        (index, place[row.edit_of], manifold.names.index(row.lowered))
+        for index, row in enumerate(labels)
+        if row.edit_of in place and row.lowered in manifold.names
+    ]
+
+
 def describe(model: RewardModel) -> dict:
     """What METADATA says of the numbers: names, meaning, range, and how they were normalised."""
     ranges = {name: [-1.0, 1.0] for name in model.card.outputs} | {"reward_intensity": [0.0, 1.0]}
@@ -223,7 +233,13 @@ def _pairs(labels: Sequence[Label]) -> list[tuple[str, str]]:
 
 
 def _fit_head(
-    features, labels: np.ndarray, groups: Sequence[str] | np.ndarray, config: Config, *, members: int
+    features: np.ndarray,
+    labels: np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    config: Config,
+    *,
+    members: int,
+    standardise: bool,
 ) -> heads.Fitted:
     reward = config.reward
     return heads.fit(
@@ -234,7 +250,7 @@ def _fit_head(
         folds=reward.folds,
         members=members,
         seed=reward.seed,
-        standardise=isinstance(features, mx.array),
+        standardise=standardise,
     )
 
 
@@ -247,17 +263,19 @@ def _fit(
     card: dict = {"manifold": MANIFOLD, "outputs": outputs}
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
-        fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members)
+        fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members, standardise=False)
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
-        fitted = _fit_head(mx.array(features), values, groups, config, members=members)
+        fitted = _fit_head(features, values, groups, config, members=members, standardise=True)
         spec, reader = backbone.spec, backbone.reader
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings}
         made = backbone
     penalties = dict(zip(outputs, fitted.penalties, strict=True))
-    return RewardModel(Card(**card, penalties=penalties), fitted.head, made)
+    promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
+    width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
+    return RewardModel(Card(**card, penalties=penalties, width=width), fitted.head, made)
 
 
 def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, config: Config, progress) -> dict:
@@ -267,22 +285,27 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
         raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
     predicted, baseline = np.zeros_like(values), np.zeros_like(values)
+    promised = np.zeros((len(LEVELS), *values.shape))
     number_of_folds = int(fold.max()) + 1
     for number in range(number_of_folds):
         inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         pairs = _pairs(labels)
         ngram = NgramFeatures.fit([pairs[index] for index in inside])
         counted, _ = ngram.read(pairs)
-        plain = _fit_head(counted[inside], values[inside], groups[inside], config, members=0)
-        baseline[outside] = np.array(plain.head(mx.array(counted[outside]))[0])
+        fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
+        baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
         if features is not None:
-            fitted = _fit_head(mx.array(features[inside]), values[inside], groups[inside], config, members=0)
+            fitted = _fit_head(features[inside], values[inside], groups[inside], config, members=0, standardise=True)
             predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
         else:
             predicted[outside] = baseline[outside]
+        promised[:, outside] = widths(fitted.left_out)[:, None]
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
-    account = compare(predicted, baseline, values, overall(labels), groups, seed=config.reward.seed)
+    account = compare(
+        predicted, baseline, values, overall(labels), groups, edits=edits(labels), seed=config.reward.seed
+    )
+    account["calibration"] = calibration(predicted, values, promised)
     return {"backbone": kind, "rows": len(labels), "prompts": len(set(groups)), "folds": number_of_folds, **account}
 
 

@@ -163,12 +163,17 @@ def test_an_estimate_is_worked_out_by_hand(tiny, monkeypatch):
     made = found.step(load, whole)
     assert made.weights == 4 * weights and made.adapter == 4 * 7 * adapter
     assert made.activations + made.logits == int(4 * (2 * kept + hidden + max(logits, in_hand)))
+    chunks = costs.AHEAD * costs.PER_LOGIT * vocabulary * 20
     tight = found.step(load, Picks(4 * vocabulary * 10, 2))  # ten tokens of a block at a time, both blocks again
-    wanted = max(2 * 32 * 100 + hidden + max(costs.PER_LOGIT * vocabulary * 20, in_hand), 6400 + kept + in_hand)
+    wanted = max(2 * 32 * 100 + hidden + max(chunks, in_hand), 6400 + kept + in_hand)
     assert tight.activations + tight.logits == pytest.approx(4 * wanted, abs=4)
     half = found.step(load, Picks(4 * vocabulary * 10, 1))
-    wanted = max(kept + hidden + max(costs.PER_LOGIT * vocabulary * 20, in_hand), 2 * kept + once) + 3200
+    wanted = max(kept + hidden + max(chunks, in_hand), 2 * kept + once) + 3200
     assert half.activations + half.logits == pytest.approx(4 * wanted, abs=4)
+    few, tenth = Load(1, 1, 0, 0, (30, 20)), Picks(4 * vocabulary * 10, 0)  # nothing but logits
+    held = Costs(LogProbs(lm), lora.Shape(rank=2), keys, gradients=2, held=True)
+    assert held.step(few, tenth).logits == int(4 * costs.AHEAD_HELD * costs.PER_LOGIT * vocabulary * 20)
+    assert found.step(few, tenth).logits == int(4 * chunks)
     head = found.step(load, Picks(4 * vocabulary * 10, 0), teaches="head")  # no chunks, and nothing of blocks is kept
     assert head.activations + head.logits == int(4 * (hidden + max(logits, in_hand)))
     tied = Costs(LogProbs(lm), lora.Shape(rank=2, num_layers=1), lora.targets(lm, linear=False, head=True), gradients=2)

@@ -128,5 +128,5 @@ def test_the_option_reaches_the_loop_and_is_off_by_default(tiny):
         material = Material(tiny(), settings.dual, None, None)
         material.num_memories, material.num_pairs, material.num_thumbs = 1, 0, 0
         material.counts["weights"] = {"memory": 1.0, "preference": 0.0}
-        assert material.plan([], []).compile is full._plan(settings.full, 1).compile is value
+        assert material.plan().compile is full._plan(settings.full, 1).compile is value
     assert load_config().dual.compile is load_config().full.compile is False

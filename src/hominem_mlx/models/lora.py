@@ -83,6 +83,9 @@ def attach(
         with seeded(seed):
             linear_to_lora_layers(lm.model, num_blocks(lm, shape), settings, use_dora=shape.kind == "dora")
             mx.eval(lm.model.parameters())
+        for name, layer in _layers(lm.model) if shape.kind == "dora" else ():
+            if not layer.m.all().item():  # the length is divided by, and nothing would be left but NaN
+                raise ValueError(f"{name} has a row of nothing but zeros, which has no direction; use dual.kind = lora")
     except (ValueError, TypeError, AttributeError) as error:
         _put(lm.model, {name: _unwrap(layer) for name, layer in _layers(lm.model)} | under)
         raise ModelError(f"{lm.name}: mlx-lm cannot put a {shape.kind} adapter on these layers ({error})") from None

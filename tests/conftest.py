@@ -16,6 +16,7 @@ import hominem_mlx  # noqa: E402, I001  before mlx, so that it can take OpenBLAS
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from hominem_mlx.data import dataset  # noqa: E402
 from hominem_mlx.data import home as homes  # noqa: E402
 from hominem_mlx.data.split import split_of  # noqa: E402
 from hominem_mlx.files import read_jsonl, write_jsonl  # noqa: E402
@@ -187,9 +188,10 @@ def share_of_starter(tmp_path_factory):
         every = read_jsonl(homes.STARTER / "prompts.jsonl", Prompt)
         for part, count in prompts.items():
             kept.update([prompt.id for prompt in every if split_of(prompt.id) == part][:count])
-        labels = read_jsonl(homes.STARTER / "reward_samples.jsonl", Label)
         write_jsonl(folder / "prompts.jsonl", [row for row in every if row.id in kept])
-        write_jsonl(folder / "reward_samples.jsonl", [row for row in labels if row.prompt_id in kept])
+        for name in ("reward_samples.jsonl", dataset.RETESTS):
+            labels = read_jsonl(homes.STARTER / name, Label)
+            write_jsonl(folder / name, [row for row in labels if row.prompt_id in kept])
         for name, model, count in (
             ("memory", SftPair, memory),
             ("recall", RecallQuestion, recall),

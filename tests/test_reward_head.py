@@ -81,9 +81,11 @@ def test_predictions_of_left_out_rows_are_calibrated_and_their_errors_kept():
         np.testing.assert_allclose(fitted.head(mx.array(x, mx.float32))[0][:, output], expected, atol=1e-4)
 
 
-def test_one_prompt_alone_calibrates_nothing():
+def test_one_prompt_alone_calibrates_nothing_and_gets_the_strongest_penalty():
     x, y, _ = problem(12, 4)
-    fitted = fit(x, y, ["same"] * 12, penalties=(1.0,), folds=4, members=0, seed=0, standardise=False)
+    options = {"folds": 4, "members": 0, "seed": 0, "standardise": False}
+    fitted = fit(x, y, ["same"] * 12, penalties=(1.0,), **options)
+    assert fit(x, y, ["same"] * 12, penalties=(0.1, 10.0, 1.0), **options).penalties == [10.0, 10.0]
     assert np.isnan(fitted.left_out).all()
     weight, _ = ridge_by_hand(x, (y - y.mean(0)) / y.std(0), 1.0)
     np.testing.assert_allclose(fitted.head.weight, weight, atol=1e-5)

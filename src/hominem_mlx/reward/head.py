@@ -92,7 +92,8 @@ def fit(
 
     fold = grouped_folds(groups, folds, seed=seed)
     errors = _fold_errors(ridge, targets, fold, penalties)
-    best = np.nansum(np.square(errors), axis=1).argmin(axis=0)
+    squares = np.where(np.isnan(errors).all(axis=(0, 1)), -np.array(penalties)[:, None], np.nansum(errors**2, axis=1))
+    best = squares.argmin(axis=0)  # where nothing could be left out, the strongest penalty: nothing speaks for less
     chosen = np.array(penalties)[best]
     slope, intercept, left_out = _calibrated(targets, np.take_along_axis(errors, best[None, None], axis=0)[0])
     weight, bias = ridge.solve(np.arange(len(targets)), targets, chosen)

@@ -237,7 +237,8 @@ class DualConfig(AdapterConfig):
     time again. Families that do not allow it train as ever; the adapter's METADATA says how many: `checkpointed`."""
     memory_gb: NonNegative | None = None
     """Most memory that training may take, in GB (1e9 bytes); 0: what this machine has. Chunks of logits, checkpoints
-    and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it."""
+    and parts of batches are then picked so that it fits. No part of what the adapter is: only rounding hangs on it,
+    and the draws of dropout."""
     compile: bool = False
     """Compile the gradient (`mx.compile`), anew for every set of shapes. Those of one or two rows come again, those of
     more hardly ever: worth a try on a GPU with small batches. On a Linux CPU it gains nothing and is not done."""

@@ -1,6 +1,7 @@
 """What every command shares: the options, the home, the configuration, the registry, the models it names."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from functools import cached_property
@@ -84,7 +85,8 @@ class Session:
 
         student = self.config.student
         is_here = student.base == "starter" or student.base.startswith("full/")
-        if not is_here and not Path(student.base).expanduser().exists():
+        is_told = os.environ.get("MLX_RANK", "0") == "0"  # of several processes of one training the first alone speaks
+        if is_told and not is_here and not Path(student.base).expanduser().exists():
             self.console.note(f"Looking for {student.base}; it is downloaded when it is not here yet.")
         return backbone.load(student.base, revision=student.revision or None, home=self.home)
 

@@ -28,7 +28,7 @@ def launch(hosts: Path, words: list[str]) -> None:
     ports = _free_ports(_check(hosts))
     home = os.environ.get("HOMINEM_HOME")
     command = [
-        *(sys.executable, str(Path(sys.executable).with_name("mlx.launch"))),
+        *(sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"),
         *("--backend", "ring", "--hostfile", str(hosts), "--starting-port", str(ports)),
         *(("--env", f"HOMINEM_HOME={home}") if home else ()),
         *("--", *COMMAND, *words),
@@ -37,7 +37,8 @@ def launch(hosts: Path, words: list[str]) -> None:
     # Its own session, so that one signal reaches all that it started.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert process.stderr is not None
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed window ends the run, not only the one who watches it
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     failed = False
     try:
         for line in process.stderr:
@@ -50,8 +51,8 @@ def launch(hosts: Path, words: list[str]) -> None:
             process.wait()
     if failed:
         raise TrainingError(
-            "a rank failed, so all were stopped; what they said stands above. Nothing half-written is left, and the "
-            "last checkpoint is kept by rank 0: mend the reason, then give the same command again"
+            "a rank failed, so all were stopped; what they said stands above. Nothing half-written is left, and what "
+            "was saved is kept by rank 0: mend the reason, then give the same command again"
         )
 
 
@@ -68,6 +69,8 @@ def _check(hosts: Path) -> int:
                 f"{hosts}: machine {number} needs `ssh`, the name to reach it by, and `ips`, a list of its addresses; "
                 f"a hostfile looks like {EXAMPLE}"
             )
+        if {"0.0.0.0", "::", "*"} & set(entry["ips"]):
+            raise InputError(f"{hosts}: machine {number} would listen to anybody; name its address in your network")
     return sum(len(entry["ips"]) for entry in entries)
 
 

@@ -33,7 +33,7 @@ from hominem_mlx.training.budget import memory_limit
 from hominem_mlx.training.kept import take_back
 from hominem_mlx.training.loop import METRICS, as_stage
 from hominem_mlx.training.loop import train as run_loop
-from hominem_mlx.training.parallel import ALONE, Ranks
+from hominem_mlx.training.parallel import ALONE, Ranks, program
 from hominem_mlx.training.rows import Said
 from hominem_mlx.training.sketch import write_sketches
 
@@ -140,6 +140,7 @@ class _Task:
             "pairs dataset": self.pairs.hash,
             "adapter below": self.on_top_of.hash if self.on_top_of else None,
             "settings": self.settings,
+            "program": program(),
         }
 
 

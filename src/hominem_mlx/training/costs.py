@@ -252,7 +252,8 @@ class Costs:
 def _sizes(model: nn.Module) -> dict[str, Any]:
     """What the model was built from; of a model with eyes its part for text."""
     sizes = dict(vars(model.args)) if "args" in vars(model) else {}
-    return sizes | dict(sizes.get("text_config") or {})
+    text = sizes.get("text_config") or {}
+    return sizes | (dict(text) if isinstance(text, dict) else vars(text))  # mlx-lm has both
 
 
 def _linear_layers(block: nn.Module, experts: int) -> Iterator[tuple[int, int, int]]:

@@ -13,17 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
 import numpy as np
 
 from hominem_mlx.errors import TrainingError
-from hominem_mlx.files import sha256_json
+from hominem_mlx.files import sha256_file, sha256_json
 
 Arrays = dict[str, mx.array]
 PATIENCE_SECONDS = 600.0  # of waiting for the others, and then ten times what one's own share took
-AGAIN = "The last checkpoint is kept by rank 0: see what the others said, then give the same command again"
+SOLO = 12.0  # times as long where rank 0 may have work that is its alone: loading, looking, judging
+AGAIN = "What was saved is kept by rank 0: see what the others said, then give the same command again"
 
 
 class Ranks:
@@ -94,19 +97,20 @@ class Ranks:
 
     def told(self, value: Any) -> Any:
         """A JSON value as rank 0 has it, on all ranks."""
-        return value if self.size == 1 else json.loads(self._of_first(json.dumps(value).encode()))
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode() if self.is_first else b""
+        length = int(self._meet(mx.distributed.all_sum, mx.array([len(text)]), patience=SOLO).item())
+        mine = mx.array(np.frombuffer(text, np.uint8)) if self.is_first else mx.zeros(length, mx.uint8)
+        return json.loads(np.array(self._of_first(mine)).tobytes())
 
     def copied(self, arrays: Arrays) -> Arrays:
         """Arrays as rank 0 has them, bit for bit, on all ranks; names and shapes are the same there."""
         if self.size == 1:
             return arrays
-        ordered = sorted(arrays.items())  # a state that was read back has another order
-        data = self._of_first(b"".join(np.array(value.reshape(-1).view(mx.uint8)).tobytes() for _, value in ordered))
-        found, start = {}, 0
-        for name, value in ordered:
-            part = np.frombuffer(data, np.uint8, value.nbytes, start)
-            found[name] = mx.array(part).view(value.dtype).reshape(value.shape)
-            start += value.nbytes
+        found = {}
+        for name, value in sorted(arrays.items()):  # a state that was read back has another order
+            found[name] = self._of_first(value.reshape(-1).view(mx.uint8)).view(value.dtype).reshape(value.shape)
         return found
 
     def agree(self, facts: dict[str, Any]) -> None:
@@ -120,7 +124,7 @@ class Ranks:
         if self.size == 1:
             return
         own = np.frombuffer(bytes.fromhex("".join(map(sha256_json, facts.values()))), np.uint8)
-        all_of_them = np.array(self._meet(mx.distributed.all_gather, mx.array(own)))
+        all_of_them = np.array(self._meet(mx.distributed.all_gather, mx.array(own), patience=SOLO))
         digests = all_of_them.reshape(self.size, len(facts), -1)
         differs = (digests != digests[0]).any(axis=-1)
         others = [
@@ -131,20 +135,20 @@ class Ranks:
         if others:
             raise TrainingError(
                 f"{'; '.join(others)}: nothing was begun. Machines that train together need the same home and "
-                "settings: copy the home of rank 0 to the others (rsync -a ~/.hominem/ OTHER:.hominem/), then give the "
-                "same command again"
+                "settings: copy the home of rank 0 to the others (rsync -a ~/.hominem/ OTHER:.hominem/); for another "
+                "base set student.revision to one commit, for another program copy this project's folder; then give "
+                "the same command again"
             )
 
     # --- inside ----------------------------------------------------------------------------------------------------
 
-    def _of_first(self, data: bytes) -> bytes:
-        length = self._meet(mx.distributed.all_sum, mx.array([len(data) if self.is_first else 0])).item()
-        mine = mx.array(np.frombuffer(data, np.uint8)) if self.is_first else mx.zeros(length, mx.uint8)
-        return np.array(self._meet(mx.distributed.all_sum, mine)).tobytes()
+    def _of_first(self, data: mx.array) -> mx.array:
+        """Bytes as rank 0 has them: uint8 of one length on all ranks."""
+        return self._meet(mx.distributed.all_sum, data if self.is_first else mx.zeros_like(data), patience=SOLO)
 
-    def _meet(self, operation: Callable[..., mx.array], mine: mx.array) -> mx.array:
+    def _meet(self, operation: Callable[..., mx.array], mine: mx.array, *, patience: float = 1.0) -> mx.array:
         mx.eval(mine)  # so that what goes wrong below is the meeting itself
-        patience = self.patience + 10 * (time.monotonic() - self._met)
+        patience = patience * self.patience + 10 * (time.monotonic() - self._met)
         watchdog = threading.Timer(patience, self._give_up, [patience])
         watchdog.daemon = True
         watchdog.start()
@@ -168,6 +172,13 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def program() -> str:
+    """Digest of what computes: the sources of this library, and the versions of those it stands on."""
+    root = Path(__file__).parents[1]
+    sources = {str(path.relative_to(root)): sha256_file(path) for path in sorted(root.rglob("*.py"))}
+    return sha256_json([sources, {name: version(name) for name in ("mlx", "mlx-lm", "numpy", "transformers")}])
 
 
 def join(*, patience: float = PATIENCE_SECONDS) -> Ranks:

@@ -43,7 +43,7 @@ class RidgeHead(nn.Module):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A calibrated head, the penalty of each output, and how far off it is on rows whose fold was left out.
+    """A head, the penalty of each output, and how far off it is on rows whose fold was left out.
 
     `left_out` is label minus prediction `[N, O]`, in the labels' unit, NaN where there is no label, or only one fold.
     """
@@ -95,17 +95,17 @@ def fit(
     squares = np.where(np.isnan(errors).all(axis=(0, 1)), -np.array(penalties)[:, None], np.nansum(errors**2, axis=1))
     best = squares.argmin(axis=0)  # where nothing could be left out, the strongest penalty: nothing speaks for less
     chosen = np.array(penalties)[best]
-    slope, intercept, left_out = _calibrated(targets, np.take_along_axis(errors, best[None, None], axis=0)[0])
+    left_out = np.take_along_axis(errors, best[None, None], axis=0)[0] * label_scale
     weight, bias = ridge.solve(np.arange(len(targets)), targets, chosen)
 
     head = RidgeHead(features.shape[1], labels.shape[1], members)
     arrays = {"feature_mean": mean, "feature_scale": scale, "label_mean": label_mean, "label_scale": label_scale}
-    arrays |= {"weight": weight * slope, "bias": bias * slope + intercept}
+    arrays |= {"weight": weight, "bias": bias}
     if members:
         weights, biases = ridge.draws(_bootstrap_rows(groups, members, seed=seed), targets, chosen)
-        arrays |= {"member_weight": weights * slope, "member_bias": biases * slope + intercept}
+        arrays |= {"member_weight": weights, "member_bias": biases}
     head.update({name: mx.array(np.asarray(value, np.float32)) for name, value in arrays.items()})
-    return Fitted(head, chosen.tolist(), left_out * label_scale)
+    return Fitted(head, chosen.tolist(), left_out)
 
 
 def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]) -> np.ndarray:
@@ -116,24 +116,6 @@ def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties:
             there, targets[:, outputs], fold, penalties
         )
     return errors
-
-
-def _calibrated(targets: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The line through rows left out, `target = intercept + slope * prediction`, and their errors `[N, O]` about it.
-
-    Shrunk to the best mean squared error, a ridge is already nearly calibrated; isotonic steps would make ties of rows
-    that it tells apart. Where nothing was left out, or the order came out wrong, the line stays the diagonal.
-
-    Returns: slope `[O]`, intercept `[O]`, errors.
-    """
-    slope, intercept, left = np.ones(targets.shape[1]), np.zeros(targets.shape[1]), errors.copy()
-    for output in range(targets.shape[1]):
-        there = ~np.isnan(errors[:, output])
-        target, predicted = targets[there, output], (targets - errors)[there, output]
-        if there.sum() > 2 and np.ptp(predicted) > 1e-9 and (along := np.polyfit(predicted, target, 1))[0] > 0:
-            slope[output], intercept[output] = along
-            left[there, output] = target - along[1] - along[0] * predicted
-    return slope, intercept, left
 
 
 def _bootstrap_rows(groups: Sequence[str] | np.ndarray, members: int, *, seed: int) -> list[np.ndarray]:

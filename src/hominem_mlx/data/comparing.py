@@ -21,6 +21,9 @@ from hominem_mlx.records import Preference, Trajectory
 from hominem_mlx.schema import Teacher
 
 
+COMPARED = "compared-"  # how ids of pairs begin that are known from a comparison alone
+
+
 class Comparison(BaseModel):
     """What a teacher says of pairs when it sees each in both orders.
 
@@ -126,7 +129,7 @@ def _comparisons(pairs: Sequence[tuple[Trajectory, Trajectory]]) -> list[Questio
 def _preferred(one: Trajectory, other: Trajectory, probability: float) -> Preference:
     better, worse = (one, other) if probability > 0.5 else (other, one)
     return Preference(
-        id=f"compared-{sha256_json([better.id, worse.id])[:12]}",  # labels of the same two replies make a pair as well
+        id=f"{COMPARED}{sha256_json([better.id, worse.id])[:12]}",  # labels of the same two replies make a pair as well
         prompt=better.prompt,
         chosen=better.response,
         rejected=worse.response,

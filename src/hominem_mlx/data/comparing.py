@@ -20,7 +20,6 @@ from hominem_mlx.files import sha256_json
 from hominem_mlx.records import Preference, Trajectory
 from hominem_mlx.schema import Teacher
 
-
 COMPARED = "compared-"  # how ids of pairs begin that are known from a comparison alone
 
 

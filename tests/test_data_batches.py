@@ -308,6 +308,32 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken_for_ours(answered):
     assert len(homes.read(answered, Label)) == 6
 
 
+def test_two_terminals_that_were_asked_together_pay_once(answered):
+    """Each opens its teacher, then asks a person whether to send; what happens meanwhile is seen."""
+    from fake_teacher import FakeTeacher
+
+    with FakeBatches(looks=10) as server:
+        config = load_config(overrides=settings(server))
+        waiting, fetching = open_teacher(config, answered), open_teacher(config, answered)
+        with pytest.raises(KeyboardInterrupt):
+            rate(answered, server, progress=stop)
+        server.looks = 0
+        assert rater.rate(answered, config, waiting).rated == 6
+        (answered / homes.FILES[Label]).unlink()
+        assert rater.rate(answered, config, fetching).rated == 6
+        assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+    (answered / homes.FILES[Label]).unlink()
+    with FakeTeacher() as single:
+        config = load_config(
+            overrides=["teacher.kind=anthropic", "teacher.model=judge", f"teacher.base_url={single.url}"]
+        )
+        one, other = open_teacher(config, answered), open_teacher(config, answered)
+        rater.rate(answered, config, one)
+        (answered / homes.FILES[Label]).unlink()
+        assert rater.rate(answered, config, other).rated == 6
+        assert len(single.requests) == 6
+
+
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 

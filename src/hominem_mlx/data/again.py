@@ -11,7 +11,7 @@ from hominem_mlx.data import agreement
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.answers import Progress
 from hominem_mlx.data.rater import Asking, candidates
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Label, Trajectory
@@ -37,7 +37,7 @@ def retest(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
     The second ratings lie in `retests.jsonl` and are never learnt from. Which replies are drawn hangs on `data.seed`
     and their ids alone.
     """
-    with homes.holding(home, "rating a second time"):
+    with alone_with(home, teacher, "rating a second time"):
         drawn, there = _retested(home, config, teacher)
         asking = Asking(config, teacher, (), repeat=1)
         refuse_if_dear(teacher, estimate(teacher, asking.questions(drawn)))
@@ -78,7 +78,7 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
     All are brought to the scale of the teacher that has said most, then each counts by its precision in each number
     (`agreement`); what each said stays in `opinions.jsonl`. A person's label stays what it is.
     """
-    with homes.holding(home, "asking for a second opinion"):
+    with alone_with(home, teacher, "asking for a second opinion"):
         todo, kept = _others(home, teacher)
         asking = Asking(config, teacher, first_ratings(home))
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))

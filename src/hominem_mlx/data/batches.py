@@ -66,11 +66,15 @@ class Ledger:
 
     def __init__(self, path: Path, server: str):
         self.path, self.server = path, server
+        self.reread()
+
+    def reread(self) -> None:
+        """Take in what other processes have sent and fetched since."""
         self.open: dict[str, Entry] = {}
         self.ids: set[str] = set()
         self.under_way: set[str] = set()
-        if path.exists():
-            for event in read_jsonl(path, Event, unique=None, may_be_empty=True, torn_tail=True):
+        if self.path.exists():
+            for event in read_jsonl(self.path, Event, unique=None, may_be_empty=True, torn_tail=True):
                 self._apply(event)
 
     def plan(self, keys: Sequence[str]) -> Entry:
@@ -160,6 +164,11 @@ class BatchTeacher(AnthropicTeacher):
             raise NoAnswer(self._given_up[key])
         self._gathered[key] = request
         raise NoAnswer(WAITING)
+
+    def reread(self) -> None:
+        """Take in what other processes have asked, been answered and are waiting for since."""
+        super().reread()
+        self._ledger.reread()
 
     def _is_under_way(self, request: dict) -> bool:
         return sha256_json(request) in self._ledger.under_way

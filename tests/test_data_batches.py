@@ -308,6 +308,41 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken_for_ours(answered):
     assert len(homes.read(answered, Label)) == 6
 
 
+def hidden_for(seconds, monkeypatch):
+    """The server's list of batches is empty for some time from now."""
+    until, whole = time.monotonic() + seconds, wire.Server.batches
+    monkeypatch.setattr(batches, "APPEARS_SECONDS", 2 * seconds)
+    monkeypatch.setattr(wire.Server, "batches", lambda self: iter(()) if time.monotonic() < until else whole(self))
+
+
+def test_a_batch_that_is_slow_to_stand_in_the_servers_list_is_not_sent_again(answered, monkeypatch):
+    server = FakeBatches(fault=lambda method, path, count: "drop" if method == "POST" else None)
+    with server:
+        hidden_for(0.5, monkeypatch)
+        assert rate(answered, server).rated == 6
+    assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+
+
+def test_a_batch_whose_sender_was_killed_long_after_its_plan_is_still_given_time_to_appear(answered, monkeypatch):
+    with FakeBatches() as server:
+        with monkeypatch.context() as patch:
+            send = wire.Server.send_batch
+
+            def killed(self, requests):
+                send(self, requests)
+                raise Killed
+
+            patch.setattr(wire.Server, "send_batch", killed)
+            with pytest.raises(Killed):
+                rate(answered, server)
+        ledger = answered / homes.BATCHES
+        event = json.loads(ledger.read_text())
+        ledger.write_text(json.dumps({**event, "at": event["at"] - 200}) + "\n")
+        hidden_for(0.5, monkeypatch)
+        assert rate(answered, server).rated == 6
+    assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+
+
 def test_two_terminals_that_were_asked_together_pay_once(answered):
     """Each opens its teacher, then asks a person whether to send; what happens meanwhile is seen."""
     from fake_teacher import FakeTeacher

@@ -193,12 +193,12 @@ class BatchTeacher(AnthropicTeacher):
     def _send_planned(self, entry: Entry, requests: dict[str, dict]) -> None:
         """Send a batch whose plan is written down; it goes out a second time only when the first did not arrive."""
         reason = ""
-        for attempt in range(TRIES):
+        for _ in range(TRIES):
             try:
                 name = self._server.send_batch([(key, request["body"]) for key, request in requests.items()])
             except NoAnswer as fault:
                 reason = str(fault)
-                if found := self._look_for(entry, patience=APPEARS_SECONDS * (attempt + 1) / TRIES):
+                if found := self._look_for(entry, patience=APPEARS_SECONDS):
                     self._ledger.sent(entry, found)
                     return
             except TeacherError:
@@ -214,7 +214,8 @@ class BatchTeacher(AnthropicTeacher):
     def _find_lost(self) -> None:
         """Find out what became of plans that nobody knows to have been sent: their sender was killed just then."""
         for entry in [entry for entry in self._ledger.open.values() if not entry.id]:
-            name = self._look_for(entry, patience=entry.at + APPEARS_SECONDS - time.time())
+            # Counted from now: sending may have taken long before the sender was killed.
+            name = self._look_for(entry, patience=0 if entry.not_ours else APPEARS_SECONDS)
             if name is None:
                 self._ledger.done(entry, "dropped")
             else:

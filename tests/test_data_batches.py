@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
@@ -306,6 +307,49 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken_for_ours(answered):
     assert done.rated == 6 and {server.paid[key] for key in server.paid} == {1}
     assert events(answered) == ["planned", "sent", "planned", "dropped", "planned", "sent", "fetched"]
     assert len(homes.read(answered, Label)) == 6
+
+
+def spoil(server):
+    """Of six results two cannot be understood, one lacks its answer, one names no request, and one is missing."""
+    rows = server.batches["msgbatch_1"]["rows"]
+    rows[0]["result"] = {"type": "postponed"}
+    rows[1]["result"] = None
+    del rows[2]["result"]["message"]
+    del rows[3]["custom_id"]
+    del rows[4]
+
+
+def test_results_that_are_malformed_or_missing_fail_alone_and_block_no_later_run(answered):
+    with FakeBatches(looks=10) as server:
+        with pytest.raises(KeyboardInterrupt):
+            rate(answered, server, progress=stop)
+        spoil(server)
+        server.looks = 0
+        done = rate(answered, server)
+        assert done.rated == 1 and len(server.batches) == 1
+        assert Counter(done.unlabelled.values()) == {
+            "the server says 'postponed' of it, which is no known result": 1,
+            "the server's answer is malformed": 2,
+            "it is not in the results of its batch": 2,
+        }
+        assert events(answered) == ["planned", "sent", "fetched"]
+        assert rate(answered, server).rated == 5, "the next run is not held up, and asks for them anew"
+
+
+def test_a_server_that_cannot_be_reached_for_its_results_is_asked_once_more(answered, monkeypatch):
+    whole, calls = wire.Server.results, itertools.count()
+
+    def results(self, name):
+        if next(calls) < 2:
+            raise wire.Unreachable("nobody there")
+        yield from whole(self, name)
+
+    waits = []
+    with FakeBatches() as server:
+        monkeypatch.setattr(wire.Server, "results", results)
+        monkeypatch.setattr(batches.time, "sleep", waits.append)
+        assert rate(answered, server).rated == 6
+    assert waits.count(0.001) >= 2 and next(calls) == 3
 
 
 def hidden_for(seconds, monkeypatch):

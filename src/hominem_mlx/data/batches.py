@@ -177,7 +177,8 @@ class BatchTeacher(AnthropicTeacher):
 
     def _send_missing(self, wanted: dict[str, dict]) -> None:
         under_way = self._ledger.under_way
-        missing = {k: r for k, r in wanted.items() if k not in under_way and not self._store.holds(k)}
+        settled = under_way | self._given_up.keys()  # an older batch, fetched just now, may have failed for good
+        missing = {k: r for k, r in wanted.items() if k not in settled and not self._store.holds(k)}
         limit = self.config.max_cost_usd
         cost: Cost = self._cost([*self._charged.values(), *missing.values()])
         if limit is not None and missing and (cost.usd is None or cost.usd > limit):
@@ -278,7 +279,10 @@ class BatchTeacher(AnthropicTeacher):
         mine = set(entry.keys)
         left, reason = set(mine), ""
         strangers = False
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(self.config.batch_poll_seconds)
+            reason = ""
             try:
                 for rows in _chunks(self._server.results(entry.id)):
                     strangers = strangers or any(key not in mine for key, _ in rows)
@@ -288,7 +292,7 @@ class BatchTeacher(AnthropicTeacher):
                         if key in left and isinstance(said, Failed):
                             self._failed(key, said)
                         left.discard(key)
-            except NoAnswer as fault:
+            except (NoAnswer, Unreachable) as fault:
                 reason = str(fault)
             if left == mine and strangers:
                 self._ledger.not_ours(entry)
@@ -296,10 +300,14 @@ class BatchTeacher(AnthropicTeacher):
             if not left:
                 self._ledger.done(entry, "fetched")
                 return
-        raise TeacherError(
-            f"the results of batch {entry.id} cannot be read ({reason or f'{len(left)} are missing'}); those that came "
-            "are stored, and the others are not asked for anew: run the same command again later"
-        )
+        if reason:
+            raise TeacherError(
+                f"the results of batch {entry.id} cannot be read ({reason}); those that came are stored, and the "
+                "others are not asked for anew: run the same command again later"
+            )
+        for key in left:  # the results are whole, without these: no later look will find them
+            self._failed(key, Failed("it is not in the results of its batch", again=False))
+        self._ledger.done(entry, "fetched")
 
     def _failed(self, key: str, failed: Failed) -> None:
         self._charged.pop(key, None)
@@ -332,7 +340,7 @@ def _chunks(rows: Iterator[tuple[str, dict | Failed]]) -> Iterator[list[tuple[st
             if len(chunk) == STORED_TOGETHER:
                 yield chunk
                 chunk = []
-    except NoAnswer:
+    except (NoAnswer, Unreachable):
         yield chunk
         raise
     yield chunk

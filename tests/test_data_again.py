@@ -268,6 +268,39 @@ def test_opinions_weigh_by_reliability_and_weights_are_applied_when_they_become_
     assert error["mixed"] < error["plain"] / 2
 
 
+def test_a_second_opinion_is_asked_about_imported_labels_too(home):
+    rows = [label(str(n), "peer", empathy=0.1) for n in range(5)]
+    rows[4] = rows[4].model_copy(update={"edit_of": "3", "lowered": "empathy"})
+    homes.write(home, Label, rows)
+    with FakeTeacher() as server:
+        config = configured(server)
+        assert again.second_cost(home, config, open_teacher(config, home)).requests == 5
+        assert second(home, server, "judge").rated == 5
+        homes.write(home, Label, [])
+        with pytest.raises(InputError, match="no reply has a label"):
+            second(home, server, "third")
+        homes.write(home, Label, rows)
+    opinions = homes.read_aside(home, homes.OPINIONS)
+    assert [row.edit_of for row in opinions if row.labeller == "judge"] == [None] * 4 + ["3"]
+
+
+def test_labels_that_came_in_or_were_mended_since_are_not_mixed_over(answered):
+    with FakeTeacher() as server:
+        config = configured(server)
+        rater.rate(answered, config, open_teacher(config, answered))
+        second(answered, server)
+        labels = homes.read(answered, Label)
+        newer = labels[0].model_copy(update={"labeller": "newer", "reward": Reward(empathy=0.99), "metadata": {}})
+        mended = labels[1].model_copy(update={"reward": labels[1].reward.model_copy(update={"empathy": 0.98})})
+        same = labels[2].model_copy(update={"labeller": "judge", "reward": Reward(empathy=0.97)})
+        homes.write(answered, Label, [newer, mended, same, *labels[3:]])
+        second(answered, server)
+        second(answered, server, "third")
+    after = homes.read(answered, Label)
+    assert after[:3] == [newer, mended, same]
+    assert {row.labeller for row in after[3:]} == {"judge+other+third"}, "what nobody touched is mixed as ever"
+
+
 def test_a_killed_second_opinion_arrives_where_an_undisturbed_one_does(answered, monkeypatch):
     with FakeTeacher() as server:
         config = configured(server)

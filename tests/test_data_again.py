@@ -12,6 +12,7 @@ from hominem_mlx.data import again, agreement, dataset, rater
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.local import LocalTeacher
 from hominem_mlx.data.recorded import RecordedTeacher
+from hominem_mlx.data.split import split_of
 from hominem_mlx.data.teacher import open_teacher
 from hominem_mlx.errors import InputError, TeacherError
 from hominem_mlx.files import write_jsonl
@@ -93,6 +94,40 @@ def test_another_teachers_scale_is_brought_to_that_of_the_one_who_said_most():
     wide = [label(str(n), "wide", reward_intensity=0.9 - 0.05 * n) for n in range(12)]
     low = [label(str(n), "low", reward_intensity=0.3 - 0.02 * n) for n in range(11)]
     assert min(row.reward.reward_intensity for row in agreement.on_one_scale([*wide, *low])) >= 0
+
+
+def held(labeller, values, part):
+    """One rating for each value, of prompts in one split."""
+    names = [f"p{n}" for n in range(400) if split_of(f"p{n}") == part]
+    return [
+        label(name, labeller, empathy=float(value)).model_copy(update={"prompt_id": name})
+        for name, value in zip(names, values)
+    ]
+
+
+def test_held_out_replies_are_moved_but_do_not_say_how():
+    values = np.linspace(-0.5, 0.5, 12)
+    learnt = [*held("mild", values, "train"), *held("strict", values - 0.2, "train")]
+    secret = [*held("mild", values, "test"), *held("strict", -0.3 * values + 0.4, "test")]
+    found = agreement.on_one_scale([*learnt, *secret])
+    assert found[:24] == agreement.on_one_scale(learnt)
+    assert [row.reward.empathy for row in found[36:]] == pytest.approx(-0.3 * values + 0.6)
+    assert agreement.on_one_scale(secret) == secret
+    assert agreement.not_held_out([*learnt, *secret]) == learnt
+
+
+def test_weights_come_from_retests_of_prompts_that_are_not_held_out(home):
+    values = np.linspace(-0.5, 0.5, 24)
+    labels = {part: held("judge", values, part) for part in ("train", "test")}
+    homes.write(home, Label, [*labels["train"], *labels["test"]])
+    other = [row.model_copy(update={"labeller": "other"}) for row in (*labels["train"], *labels["test"])]
+    write_jsonl(home / homes.OPINIONS, [*labels["train"], *labels["test"], *other])
+    with FakeTeacher() as server:
+        config = configured(server, "teacher.model=other")
+        for part, known in (("test", []), ("train", ["judge"])):
+            write_jsonl(home / homes.RETESTS, labels[part])
+            done = again.second(home, config, open_teacher(config, home))
+            assert done.unknown == sorted({"judge", "other"} - set(known))
 
 
 def test_no_other_weights_give_a_mean_nearer_to_the_truth():

@@ -94,7 +94,8 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
         opinions = [*opinions, *begun, *new]
         if new:
             write_jsonl(Path(home) / homes.OPINIONS, opinions)
-        found = agreement.reliabilities([*labels, *opinions], homes.read_aside(home, homes.RETESTS))
+        retests = agreement.not_held_out(homes.read_aside(home, homes.RETESTS))
+        found = agreement.reliabilities([*labels, *opinions], retests)
         weights = agreement.precisions(found)
         said, on_scale = (_by_place(rows) for rows in (opinions, agreement.on_one_scale(opinions)))
         mixed = [

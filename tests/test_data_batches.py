@@ -309,6 +309,18 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken_for_ours(answered):
     assert len(homes.read(answered, Label)) == 6
 
 
+def test_the_ledger_holds_no_password_and_older_ones_are_understood(tmp_path):
+    path, url = tmp_path / "ledger.jsonl", "http://zoe:s3cret@localhost:1234/v1"
+    entry = batches.Ledger(path, url).plan(["a", "b"])
+    line = path.read_text()
+    assert "zoe" not in line and "s3cret" not in line and json.loads(line)["server"] == "http://localhost:1234/v1"
+    for server in (url, "http://localhost:1234/v1"):
+        assert batches.Ledger(path, server).open == {entry.name: entry}
+    path.write_text(line.replace("http://", "http://zoe:s3cret@"))
+    assert batches.Ledger(path, url).open == {entry.name: entry}
+    assert not batches.Ledger(path, "http://localhost:1235/v1").open
+
+
 def spoil(server):
     """Of six results two cannot be understood, one lacks its answer, one names no request, and one is missing."""
     rows = server.batches["msgbatch_1"]["rows"]

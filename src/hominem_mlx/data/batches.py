@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,11 +62,11 @@ class Ledger:
 
     Args:
         path: the log.
-        server: its address; batches of other servers stay untouched.
+        server: its address, stored without user and password; batches of other servers stay untouched.
     """
 
     def __init__(self, path: Path, server: str):
-        self.path, self.server = path, server
+        self.path, self.server = path, _without_login(server)
         self.reread()
 
     def reread(self) -> None:
@@ -103,7 +104,7 @@ class Ledger:
 
     def _apply(self, event: Event) -> None:
         if event.event == "planned":
-            if event.server == self.server:
+            if _without_login(event.server) == self.server:
                 before = self.open.get(event.batch)
                 not_ours = (before.not_ours if before else frozenset()) | ({event.not_ours} - {""})
                 self.open[event.batch] = Entry(event.batch, event.at, event.keys, "", not_ours)
@@ -113,6 +114,12 @@ class Ledger:
         else:
             self.open.pop(event.batch, None)
         self.under_way = {key for entry in self.open.values() for key in entry.keys}
+
+
+def _without_login(url: str) -> str:
+    """The address without a user and a password, which are nobody's to read in a log."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class BatchTeacher(AnthropicTeacher):

@@ -20,8 +20,6 @@ from hominem_mlx.files import sha256_json
 from hominem_mlx.records import Preference, Trajectory
 from hominem_mlx.schema import Teacher
 
-COMPARED = "compared-"  # how ids of pairs begin that are known from a comparison alone
-
 
 class Comparison(BaseModel):
     """What a teacher says of pairs when it sees each in both orders.
@@ -128,7 +126,8 @@ def _comparisons(pairs: Sequence[tuple[Trajectory, Trajectory]]) -> list[Questio
 def _preferred(one: Trajectory, other: Trajectory, probability: float) -> Preference:
     better, worse = (one, other) if probability > 0.5 else (other, one)
     return Preference(
-        id=f"{COMPARED}{sha256_json([better.id, worse.id])[:12]}",  # labels of the same two replies make a pair as well
+        # Labels of the same two replies make a pair as well: the ids must differ.
+        id=f"{homes.COMPARED}{sha256_json([better.id, worse.id])[:12]}",
         prompt=better.prompt,
         chosen=better.response,
         rejected=worse.response,

@@ -8,7 +8,6 @@ from hominem_mlx.config import Config, PairConfig
 from hominem_mlx.data import dataset
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.answers import Progress
-from hominem_mlx.data.comparing import COMPARED
 from hominem_mlx.data.home import prompt_id
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import sha256_json, write_jsonl
@@ -113,7 +112,7 @@ def with_safety_of_labels(given: Sequence[Preference], labels: Sequence[Label]) 
         siblings.setdefault(label.prompt, []).append(label)
     found = []
     for row in given:
-        if not row.id.startswith(COMPARED):
+        if not row.id.startswith(homes.COMPARED):
             found.append(row)
             continue
         better, worse = (by_place.get((row.prompt, reply)) for reply in (row.chosen, row.rejected))

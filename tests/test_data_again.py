@@ -12,6 +12,7 @@ from hominem_mlx.data import again, agreement, dataset, rater
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.local import LocalTeacher
 from hominem_mlx.data.recorded import RecordedTeacher
+from hominem_mlx.data.split import split_of
 from hominem_mlx.data.teacher import open_teacher
 from hominem_mlx.errors import InputError, TeacherError
 from hominem_mlx.files import write_jsonl
@@ -93,6 +94,40 @@ def test_another_teachers_scale_is_brought_to_that_of_the_one_who_said_most():
     wide = [label(str(n), "wide", reward_intensity=0.9 - 0.05 * n) for n in range(12)]
     low = [label(str(n), "low", reward_intensity=0.3 - 0.02 * n) for n in range(11)]
     assert min(row.reward.reward_intensity for row in agreement.on_one_scale([*wide, *low])) >= 0
+
+
+def held(labeller, values, part):
+    """One rating for each value, of prompts in one split."""
+    names = [f"p{n}" for n in range(400) if split_of(f"p{n}") == part]
+    return [
+        label(name, labeller, empathy=float(value)).model_copy(update={"prompt_id": name})
+        for name, value in zip(names, values)
+    ]
+
+
+def test_held_out_replies_are_moved_but_do_not_say_how():
+    values = np.linspace(-0.5, 0.5, 12)
+    learnt = [*held("mild", values, "train"), *held("strict", values - 0.2, "train")]
+    secret = [*held("mild", values, "test"), *held("strict", -0.3 * values + 0.4, "test")]
+    found = agreement.on_one_scale([*learnt, *secret])
+    assert found[:24] == agreement.on_one_scale(learnt)
+    assert [row.reward.empathy for row in found[36:]] == pytest.approx(-0.3 * values + 0.6)
+    assert agreement.on_one_scale(secret) == secret
+    assert agreement.not_held_out([*learnt, *secret]) == learnt
+
+
+def test_weights_come_from_retests_of_prompts_that_are_not_held_out(home):
+    values = np.linspace(-0.5, 0.5, 24)
+    labels = {part: held("judge", values, part) for part in ("train", "test")}
+    homes.write(home, Label, [*labels["train"], *labels["test"]])
+    other = [row.model_copy(update={"labeller": "other"}) for row in (*labels["train"], *labels["test"])]
+    write_jsonl(home / homes.OPINIONS, [*labels["train"], *labels["test"], *other])
+    with FakeTeacher() as server:
+        config = configured(server, "teacher.model=other")
+        for part, known in (("test", []), ("train", ["judge"])):
+            write_jsonl(home / homes.RETESTS, labels[part])
+            done = again.second(home, config, open_teacher(config, home))
+            assert done.unknown == sorted({"judge", "other"} - set(known))
 
 
 def test_no_other_weights_give_a_mean_nearer_to_the_truth():
@@ -266,6 +301,39 @@ def test_opinions_weigh_by_reliability_and_weights_are_applied_when_they_become_
         "plain": np.array([(a.reward.empathy + b.reward.empathy) / 2 for a, b in zip(good, poor)]),
     }.items()}  # fmt: skip
     assert error["mixed"] < error["plain"] / 2
+
+
+def test_a_second_opinion_is_asked_about_imported_labels_too(home):
+    rows = [label(str(n), "peer", empathy=0.1) for n in range(5)]
+    rows[4] = rows[4].model_copy(update={"edit_of": "3", "lowered": "empathy"})
+    homes.write(home, Label, rows)
+    with FakeTeacher() as server:
+        config = configured(server)
+        assert again.second_cost(home, config, open_teacher(config, home)).requests == 5
+        assert second(home, server, "judge").rated == 5
+        homes.write(home, Label, [])
+        with pytest.raises(InputError, match="no reply has a label"):
+            second(home, server, "third")
+        homes.write(home, Label, rows)
+    opinions = homes.read_aside(home, homes.OPINIONS)
+    assert [row.edit_of for row in opinions if row.labeller == "judge"] == [None] * 4 + ["3"]
+
+
+def test_labels_that_came_in_or_were_mended_since_are_not_mixed_over(answered):
+    with FakeTeacher() as server:
+        config = configured(server)
+        rater.rate(answered, config, open_teacher(config, answered))
+        second(answered, server)
+        labels = homes.read(answered, Label)
+        newer = labels[0].model_copy(update={"labeller": "newer", "reward": Reward(empathy=0.99), "metadata": {}})
+        mended = labels[1].model_copy(update={"reward": labels[1].reward.model_copy(update={"empathy": 0.98})})
+        same = labels[2].model_copy(update={"labeller": "judge", "reward": Reward(empathy=0.97)})
+        homes.write(answered, Label, [newer, mended, same, *labels[3:]])
+        second(answered, server)
+        second(answered, server, "third")
+    after = homes.read(answered, Label)
+    assert after[:3] == [newer, mended, same]
+    assert {row.labeller for row in after[3:]} == {"judge+other+third"}, "what nobody touched is mixed as ever"
 
 
 def test_a_killed_second_opinion_arrives_where_an_undisturbed_one_does(answered, monkeypatch):

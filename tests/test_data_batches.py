@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 
@@ -306,6 +307,122 @@ def test_a_strangers_batch_of_the_same_size_is_not_taken_for_ours(answered):
     assert done.rated == 6 and {server.paid[key] for key in server.paid} == {1}
     assert events(answered) == ["planned", "sent", "planned", "dropped", "planned", "sent", "fetched"]
     assert len(homes.read(answered, Label)) == 6
+
+
+def test_the_ledger_holds_no_password_and_older_ones_are_understood(tmp_path):
+    path, url = tmp_path / "ledger.jsonl", "http://zoe:s3cret@localhost:1234/v1"
+    entry = batches.Ledger(path, url).plan(["a", "b"])
+    line = path.read_text()
+    assert "zoe" not in line and "s3cret" not in line and json.loads(line)["server"] == "http://localhost:1234/v1"
+    for server in (url, "http://localhost:1234/v1"):
+        assert batches.Ledger(path, server).open == {entry.name: entry}
+    path.write_text(line.replace("http://", "http://zoe:s3cret@"))
+    assert batches.Ledger(path, url).open == {entry.name: entry}
+    assert not batches.Ledger(path, "http://localhost:1235/v1").open
+
+
+def spoil(server):
+    """Of six results two cannot be understood, one lacks its answer, one names no request, and one is missing."""
+    rows = server.batches["msgbatch_1"]["rows"]
+    rows[0]["result"] = {"type": "postponed"}
+    rows[1]["result"] = None
+    del rows[2]["result"]["message"]
+    del rows[3]["custom_id"]
+    del rows[4]
+
+
+def test_results_that_are_malformed_or_missing_fail_alone_and_block_no_later_run(answered):
+    with FakeBatches(looks=10) as server:
+        with pytest.raises(KeyboardInterrupt):
+            rate(answered, server, progress=stop)
+        spoil(server)
+        server.looks = 0
+        done = rate(answered, server)
+        assert done.rated == 1 and len(server.batches) == 1
+        assert Counter(done.unlabelled.values()) == {
+            "the server says 'postponed' of it, which is no known result": 1,
+            "the server's answer is malformed": 2,
+            "it is not in the results of its batch": 2,
+        }
+        assert events(answered) == ["planned", "sent", "fetched"]
+        assert rate(answered, server).rated == 5, "the next run is not held up, and asks for them anew"
+
+
+def test_a_server_that_cannot_be_reached_for_its_results_is_asked_once_more(answered, monkeypatch):
+    whole, calls = wire.Server.results, itertools.count()
+
+    def results(self, name):
+        if next(calls) < 2:
+            raise wire.Unreachable("nobody there")
+        yield from whole(self, name)
+
+    waits = []
+    with FakeBatches() as server:
+        monkeypatch.setattr(wire.Server, "results", results)
+        monkeypatch.setattr(batches.time, "sleep", waits.append)
+        assert rate(answered, server).rated == 6
+    assert waits.count(0.001) >= 2 and next(calls) == 3
+
+
+def hidden_for(seconds, monkeypatch):
+    """The server's list of batches is empty for some time from now."""
+    until, whole = time.monotonic() + seconds, wire.Server.batches
+    monkeypatch.setattr(batches, "APPEARS_SECONDS", 2 * seconds)
+    monkeypatch.setattr(wire.Server, "batches", lambda self: iter(()) if time.monotonic() < until else whole(self))
+
+
+def test_a_batch_that_is_slow_to_stand_in_the_servers_list_is_not_sent_again(answered, monkeypatch):
+    server = FakeBatches(fault=lambda method, path, count: "drop" if method == "POST" else None)
+    with server:
+        hidden_for(0.5, monkeypatch)
+        assert rate(answered, server).rated == 6
+    assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+
+
+def test_a_batch_whose_sender_was_killed_long_after_its_plan_is_still_given_time_to_appear(answered, monkeypatch):
+    with FakeBatches() as server:
+        with monkeypatch.context() as patch:
+            send = wire.Server.send_batch
+
+            def killed(self, requests):
+                send(self, requests)
+                raise Killed
+
+            patch.setattr(wire.Server, "send_batch", killed)
+            with pytest.raises(Killed):
+                rate(answered, server)
+        ledger = answered / homes.BATCHES
+        event = json.loads(ledger.read_text())
+        ledger.write_text(json.dumps({**event, "at": event["at"] - 200}) + "\n")
+        hidden_for(0.5, monkeypatch)
+        assert rate(answered, server).rated == 6
+    assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+
+
+def test_two_terminals_that_were_asked_together_pay_once(answered):
+    """Each opens its teacher, then asks a person whether to send; what happens meanwhile is seen."""
+    from fake_teacher import FakeTeacher
+
+    with FakeBatches(looks=10) as server:
+        config = load_config(overrides=settings(server))
+        waiting, fetching = open_teacher(config, answered), open_teacher(config, answered)
+        with pytest.raises(KeyboardInterrupt):
+            rate(answered, server, progress=stop)
+        server.looks = 0
+        assert rater.rate(answered, config, waiting).rated == 6
+        (answered / homes.FILES[Label]).unlink()
+        assert rater.rate(answered, config, fetching).rated == 6
+        assert len(server.batches) == 1 and set(server.paid.values()) == {1}
+    (answered / homes.FILES[Label]).unlink()
+    with FakeTeacher() as single:
+        config = load_config(
+            overrides=["teacher.kind=anthropic", "teacher.model=judge", f"teacher.base_url={single.url}"]
+        )
+        one, other = open_teacher(config, answered), open_teacher(config, answered)
+        rater.rate(answered, config, one)
+        (answered / homes.FILES[Label]).unlink()
+        assert rater.rate(answered, config, other).rated == 6
+        assert len(single.requests) == 6
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------

@@ -269,3 +269,43 @@ def test_comparisons_and_labels_of_the_same_replies_make_a_dataset_together(answ
     pairs = preferences.pair(registry, parts["labels"], config)
     rows = read_jsonl(pairs.file("preferences.train.jsonl"), Preference)
     assert {row.id.split("-")[0] for row in rows} == {"pair", "compared"}
+
+
+def test_compared_pairs_are_as_safe_and_as_weighty_as_the_labels_of_their_replies(answered, registry):
+    from hominem_mlx.data import dataset, preferences
+
+    config = load_config()
+    labels = [
+        Label(
+            **row.model_dump(include={"id", "prompt_id", "prompt", "response"}),
+            reward=Reward(
+                reward_intensity=0.2 + row.candidate_index / 10, safety_score=-0.5 - row.candidate_index / 10
+            ),
+        )
+        for row in homes.read(answered, Trajectory)
+    ]
+    homes.write(answered, Label, labels)
+    comparing.compare(answered, config, Judge())
+    own = Preference(id="mine", prompt_id=labels[0].prompt_id, prompt=labels[0].prompt, chosen="x", rejected="y")
+    homes.write(answered, Preference, [*homes.read(answered, Preference), own])
+    made = preferences.pair(registry, dataset.split(registry, answered, config)["labels"], config)
+    rows = [
+        row
+        for part in ("train", "valid")
+        for row in read_jsonl(made.file(f"preferences.{part}.jsonl"), Preference, may_be_empty=True)
+    ]
+    by_id, compared = {label.id: label.reward for label in labels}, [row for row in rows if row.id != "mine"]
+    assert compared and "compared_without_label" not in made.metadata["metrics"]
+    for row in compared:
+        better, worse = by_id[row.chosen_id], by_id[row.rejected_id]
+        assert (row.safety_score, row.rejected_safety_score) == (better.safety_score, worse.safety_score)
+        assert row.reward_intensity == max(better.reward_intensity, worse.reward_intensity)
+    assert [row for row in rows if row.id == "mine"] in ([], [own]), "a person's own pair stays as it is"
+    half = [label for label in labels if not label.id.endswith("0")]
+    homes.write(answered, Label, half)
+    made = preferences.pair(registry, dataset.split(registry, answered, config)["labels"], config)
+    kept = made.metadata["metrics"]["train"] + made.metadata["metrics"]["valid"]
+    there = {label.id for label in half}
+    with_both = [row for row in rows if row.id == "mine" or {row.chosen_id, row.rejected_id} <= there]
+    assert kept == len(with_both) < len(rows)
+    assert made.metadata["metrics"]["compared_without_label"] == len(rows) - kept

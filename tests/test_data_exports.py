@@ -40,6 +40,13 @@ def test_a_list_of_prompts_comes_in_one_a_line(home, tmp_path):
     assert taken(home, tmp_path, "First?\n", "again.txt") == ({"prompts": 0}, {})
 
 
+def test_a_text_file_of_json_objects_is_jsonl(home, tmp_path):
+    rows = '\n{"prompt": "First?"}\n{"prompt": "Second?", "response": "Yes.", "good": true}\n'
+    counts, left_out = taken(home, tmp_path, rows, "rows.txt")
+    assert (counts, left_out) == ({"prompts": 1, "thumbs": 1}, {})
+    assert homes.read(home, Prompt)[0].prompt == "First?"
+
+
 def test_a_json_array_of_rows_comes_in_and_names_its_bad_items(home, tmp_path):
     rows = [{"prompt": "Q", "chosen": "a", "rejected": "b"}, {"id": "x", "prompt": "Why?"}]
     assert taken(home, tmp_path, rows)[0] == {"prompts": 1, "preferences": 1}

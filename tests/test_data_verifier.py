@@ -234,7 +234,8 @@ def test_labels_of_different_dimensions_in_different_rows_are_measured_in_pairs(
     rows = independent(300)
     rows = without(rows[:150], "curiosity") + without(rows[150:], "empathy")
     found = verifier.halo(rows)
-    assert found.participation_ratio is None and "both empathy and curiosity" in found.notes[0] and found.is_good
+    assert "both curiosity and empathy" in found.notes[0] and found.is_good
+    assert found.dimensions == list(MANIFOLD.names[:-1]) and found.participation_ratio > 5
     rows = independent(300)
     found = verifier.halo(without(rows, "curiosity", keep=100))
     values = verifier.matrix(rows)
@@ -245,6 +246,17 @@ def test_labels_of_different_dimensions_in_different_rows_are_measured_in_pairs(
                 kept = values[:100] if 6 in (i, j) else values
                 squares += np.corrcoef(kept[:, i], kept[:, j])[0, 1] ** 2
     assert found.participation_ratio == pytest.approx(49 / squares)
+
+
+def test_a_dimension_with_few_labels_does_not_hide_a_halo_of_the_others():
+    same = [row(f"r{n}-a", [v] * 7) for n, v in enumerate(np.linspace(-1, 1, 60))]
+    for kept in (1, 29):
+        found = verifier.halo(without(same, "curiosity", keep=kept))
+        assert not found.is_good and found.participation_ratio == pytest.approx(1)
+        assert f"curiosity: {kept} labels in it are too few" in found.notes[0] and len(found.dimensions) == 6
+    apart = [*without(same[:30], "empathy"), *without(same[30:], "curiosity")]
+    found = verifier.halo(apart)
+    assert not found.is_good and found.participation_ratio == pytest.approx(1) and len(found.dimensions) == 6
 
 
 @pytest.mark.parametrize(("dimensions", "wanted"), [(7, 2.5), (5, 2.0), (3, 1.5), (2, 1.25)])

@@ -254,6 +254,11 @@ def pair(session: Session) -> None:
         f"{made.ref}: {metrics['train']} pairs to learn from, {metrics['valid']} to watch, {metrics['memory']} memories"
         f"{thumbs}. Next: hominem train dual"
     )
+    if without := metrics.get("compared_without_label"):
+        session.console.say(
+            f"Left out: {without} compared pairs with a reply that has no label, so nothing says whether it is safe: "
+            "`hominem data rate`, then split and pair again."
+        )
 
 
 @data.command()

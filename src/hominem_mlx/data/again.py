@@ -10,13 +10,14 @@ from hominem_mlx.config import Config
 from hominem_mlx.data import agreement
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.answers import Progress
-from hominem_mlx.data.rater import Asking, candidates
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.rater import Asking
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import sha256_json, write_jsonl
-from hominem_mlx.records import Label, Trajectory
+from hominem_mlx.records import Label, Reward, Trajectory
 from hominem_mlx.schema import Teacher
 
+MIXED = "mixed"  # in a label's metadata: fingerprint of its numbers when they were mixed
 RETEST_SHARE, RETEST_ROWS = 0.10, 20  # of a teacher's labels; a handful would show nothing
 
 
@@ -37,7 +38,7 @@ def retest(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
     The second ratings lie in `retests.jsonl` and are never learnt from. Which replies are drawn hangs on `data.seed`
     and their ids alone.
     """
-    with homes.holding(home, "rating a second time"):
+    with alone_with(home, teacher, "rating a second time"):
         drawn, there = _retested(home, config, teacher)
         asking = Asking(config, teacher, (), repeat=1)
         refuse_if_dear(teacher, estimate(teacher, asking.questions(drawn)))
@@ -73,12 +74,13 @@ def first_ratings(home: Path) -> list[Label]:
 
 
 def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress | None = None) -> Again:
-    """Ask the teacher about candidates that another teacher has labelled; the label becomes what both say together.
+    """Ask the teacher about replies that another teacher has labelled; the label becomes what both say together.
 
     All are brought to the scale of the teacher that has said most, then each counts by its precision in each number
-    (`agreement`); what each said stays in `opinions.jsonl`. A person's label stays what it is.
+    (`agreement`); what each said stays in `opinions.jsonl`. A person's label stays what it is, and so does one that
+    came in or was mended by hand since.
     """
-    with homes.holding(home, "asking for a second opinion"):
+    with alone_with(home, teacher, "asking for a second opinion"):
         todo, kept = _others(home, teacher)
         asking = Asking(config, teacher, first_ratings(home))
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
@@ -92,12 +94,14 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
         opinions = [*opinions, *begun, *new]
         if new:
             write_jsonl(Path(home) / homes.OPINIONS, opinions)
-        found = agreement.reliabilities([*labels, *opinions], homes.read_aside(home, homes.RETESTS))
+        retests = agreement.not_held_out(homes.read_aside(home, homes.RETESTS))
+        found = agreement.reliabilities([*labels, *opinions], retests)
         weights = agreement.precisions(found)
-        by_place: dict[tuple[str, ...], list[Label]] = {}
-        for row in agreement.on_one_scale(opinions):
-            by_place.setdefault(homes.place(row), []).append(row)
-        mixed = [_mixed(row, by_place.get(homes.place(row), []), weights) for row in labels]
+        said, on_scale = (_by_place(rows) for rows in (opinions, agreement.on_one_scale(opinions)))
+        mixed = [
+            _mixed(row, on_scale[place], weights) if _is_made_of(row, said.get(place, [])) else row
+            for row, place in ((row, homes.place(row)) for row in labels)
+        ]
         if mixed != labels:
             homes.write(home, Label, mixed)
         speakers = {row.labeller for row in opinions}
@@ -112,20 +116,44 @@ def second_cost(home: Path, config: Config, teacher: Teacher) -> Cost:
 
 
 def _others(home: Path, teacher: Teacher) -> tuple[list[Trajectory], int]:
-    """Candidates that teachers have labelled without this one, and how many it has an opinion on."""
+    """Replies that teachers have labelled without this one, imported ones too, and how many it has an opinion on."""
+    labels = homes.read(home, Label)
+    if not labels:
+        raise InputError("no reply has a label in this home: run `hominem data rate` with another teacher first")
     mine = {homes.place(row) for row in first_ratings(home) if row.labeller == teacher.name}
-    labelled = {homes.place(row) for row in homes.read(home, Label) if row.labeller != homes.HUMAN}
-    rows = {(row.prompt, row.response): row for row in reversed(candidates(home))}
-    return [row for place, row in reversed(rows.items()) if place in labelled - mine], len(mine)
+    rows = {homes.place(row): row for row in labels if row.labeller != homes.HUMAN}
+    return [_as_candidate(row) for place, row in rows.items() if place not in mine], len(mine)
+
+
+def _by_place(rows: Sequence[Label]) -> dict[tuple[str, ...], list[Label]]:
+    found: dict[tuple[str, ...], list[Label]] = {}
+    for row in rows:
+        found.setdefault(homes.place(row), []).append(row)
+    return found
+
+
+def _is_made_of(label: Label, opinions: Sequence[Label]) -> bool:
+    """Whether a label says what teachers said, so that it may be mixed anew: no newer row, none mended by hand."""
+    spoken = {row.labeller: _fingerprint(row.reward) for row in opinions}
+    if len(opinions) < 2 or label.labeller == homes.HUMAN:
+        return False
+    if label.labeller in spoken:
+        return spoken[label.labeller] == _fingerprint(label.reward)
+    as_mixed = label.metadata.get(MIXED, _fingerprint(label.reward))
+    return set(label.labeller.split("+")) <= spoken.keys() and as_mixed == _fingerprint(label.reward)
+
+
+def _fingerprint(reward: Reward) -> str:
+    return sha256_json(reward.model_dump(exclude_none=True))[:12]
 
 
 def _mixed(label: Label, opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> Label:
-    if len(opinions) < 2 or label.labeller == homes.HUMAN:
-        return label
     speakers = sorted(row.labeller for row in opinions)
     rationale = " ".join(row.rationale for row in opinions if row.rationale)
     reward = agreement.mix(opinions, weights)
-    return label.model_copy(update={"labeller": "+".join(speakers), "reward": reward, "rationale": rationale})
+    metadata = {**label.metadata, MIXED: _fingerprint(reward)}
+    update = {"labeller": "+".join(speakers), "reward": reward, "rationale": rationale, "metadata": metadata}
+    return label.model_copy(update=update)
 
 
 def _sorted_out(rows: Sequence[Trajectory], labels: Sequence[Label | str], done: Again) -> list[Label]:
@@ -138,6 +166,6 @@ def _sorted_out(rows: Sequence[Trajectory], labels: Sequence[Label | str], done:
 
 def _as_candidate(row: Label) -> Trajectory:
     """A labelled reply as the candidate it was."""
-    values = row.model_dump(include={"id", "prompt_id", "category", "prompt", "response", "metadata"})
-    written_by = str(row.metadata.get("written_by", ""))
-    return Trajectory(**values, labeller=written_by)
+    values = row.model_dump(include={"id", "prompt_id", "category", "prompt", "response", "edit_of", "lowered"})
+    metadata = {name: value for name, value in row.metadata.items() if name != MIXED}
+    return Trajectory(**values, labeller=str(metadata.get("written_by", "")), metadata=metadata)

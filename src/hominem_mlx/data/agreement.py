@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
+from hominem_mlx.data.split import split_of
 from hominem_mlx.metrics import pearson
 from hominem_mlx.records import Label, Reward
 from hominem_mlx.schema import MANIFOLD
@@ -58,6 +59,11 @@ def reliabilities(first: Sequence[Label], again: Sequence[Label]) -> list[Reliab
     return found
 
 
+def not_held_out(rows: Sequence[Label]) -> list[Label]:
+    """The rows of which learning may know: those of prompts in no test split."""
+    return [row for row in rows if split_of(row.prompt_id) != "test"]
+
+
 def precision(reliability: float) -> float:
     """Weight of a rating beside others, `r / (1 - r)`: 0 for r <= 0, 1 for r = 0.5, 19 at most."""
     share = min(max(reliability, 0.0), MOST_RELIABLE)
@@ -74,10 +80,11 @@ def on_one_scale(opinions: Sequence[Label]) -> list[Label]:
 
     A strict teacher and a mild one differ by more than noise; mixed as they are, whether a reply had a second opinion
     would show in its label. Over the replies both have rated a number gets the reference's mean and spread (linear
-    equating: Kolen and Brennan 2014, ch. 2); where these are fewer than `MIN_ROWS` it stays what it is.
+    equating: Kolen and Brennan 2014, ch. 2); where these are fewer than `MIN_ROWS` it stays what it is. Replies of held
+    out prompts are moved as the others are, but not looked at: what they say must not reach what is learnt from.
     """
     by_teacher: dict[str, dict[tuple[str, str], Label]] = {}
-    for row in opinions:
+    for row in not_held_out(opinions):
         by_teacher.setdefault(row.labeller, {})[row.prompt, row.response] = row
     reference = min(by_teacher, key=lambda name: (-len(by_teacher[name]), name), default="")
     moves = {

@@ -39,6 +39,10 @@ class AnswerStore:
         self.path = Path(path) if path is not None else None
         self._guard = threading.Lock()
         self._answers: dict[str, dict] = {}
+        self.reread()
+
+    def reread(self) -> None:
+        """Take in what other processes have stored since."""
         if self.path is not None and self.path.exists():
             rows = read_jsonl(self.path, Answer, unique=None, may_be_empty=True, torn_tail=True)
             self._answers = {row.key: row.answer for row in rows}

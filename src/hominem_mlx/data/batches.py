@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -61,16 +62,20 @@ class Ledger:
 
     Args:
         path: the log.
-        server: its address; batches of other servers stay untouched.
+        server: its address, stored without user and password; batches of other servers stay untouched.
     """
 
     def __init__(self, path: Path, server: str):
-        self.path, self.server = path, server
+        self.path, self.server = path, _without_login(server)
+        self.reread()
+
+    def reread(self) -> None:
+        """Take in what other processes have sent and fetched since."""
         self.open: dict[str, Entry] = {}
         self.ids: set[str] = set()
         self.under_way: set[str] = set()
-        if path.exists():
-            for event in read_jsonl(path, Event, unique=None, may_be_empty=True, torn_tail=True):
+        if self.path.exists():
+            for event in read_jsonl(self.path, Event, unique=None, may_be_empty=True, torn_tail=True):
                 self._apply(event)
 
     def plan(self, keys: Sequence[str]) -> Entry:
@@ -99,7 +104,7 @@ class Ledger:
 
     def _apply(self, event: Event) -> None:
         if event.event == "planned":
-            if event.server == self.server:
+            if _without_login(event.server) == self.server:
                 before = self.open.get(event.batch)
                 not_ours = (before.not_ours if before else frozenset()) | ({event.not_ours} - {""})
                 self.open[event.batch] = Entry(event.batch, event.at, event.keys, "", not_ours)
@@ -109,6 +114,12 @@ class Ledger:
         else:
             self.open.pop(event.batch, None)
         self.under_way = {key for entry in self.open.values() for key in entry.keys}
+
+
+def _without_login(url: str) -> str:
+    """The address without a user and a password, which are nobody's to read in a log."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class BatchTeacher(AnthropicTeacher):
@@ -161,6 +172,11 @@ class BatchTeacher(AnthropicTeacher):
         self._gathered[key] = request
         raise NoAnswer(WAITING)
 
+    def reread(self) -> None:
+        """Take in what other processes have asked, been answered and are waiting for since."""
+        super().reread()
+        self._ledger.reread()
+
     def _is_under_way(self, request: dict) -> bool:
         return sha256_json(request) in self._ledger.under_way
 
@@ -168,7 +184,8 @@ class BatchTeacher(AnthropicTeacher):
 
     def _send_missing(self, wanted: dict[str, dict]) -> None:
         under_way = self._ledger.under_way
-        missing = {k: r for k, r in wanted.items() if k not in under_way and not self._store.holds(k)}
+        settled = under_way | self._given_up.keys()  # an older batch, fetched just now, may have failed for good
+        missing = {k: r for k, r in wanted.items() if k not in settled and not self._store.holds(k)}
         limit = self.config.max_cost_usd
         cost: Cost = self._cost([*self._charged.values(), *missing.values()])
         if limit is not None and missing and (cost.usd is None or cost.usd > limit):
@@ -184,12 +201,12 @@ class BatchTeacher(AnthropicTeacher):
     def _send_planned(self, entry: Entry, requests: dict[str, dict]) -> None:
         """Send a batch whose plan is written down; it goes out a second time only when the first did not arrive."""
         reason = ""
-        for attempt in range(TRIES):
+        for _ in range(TRIES):
             try:
                 name = self._server.send_batch([(key, request["body"]) for key, request in requests.items()])
             except NoAnswer as fault:
                 reason = str(fault)
-                if found := self._look_for(entry, patience=APPEARS_SECONDS * (attempt + 1) / TRIES):
+                if found := self._look_for(entry, patience=APPEARS_SECONDS):
                     self._ledger.sent(entry, found)
                     return
             except TeacherError:
@@ -205,7 +222,8 @@ class BatchTeacher(AnthropicTeacher):
     def _find_lost(self) -> None:
         """Find out what became of plans that nobody knows to have been sent: their sender was killed just then."""
         for entry in [entry for entry in self._ledger.open.values() if not entry.id]:
-            name = self._look_for(entry, patience=entry.at + APPEARS_SECONDS - time.time())
+            # Counted from now: sending may have taken long before the sender was killed.
+            name = self._look_for(entry, patience=0 if entry.not_ours else APPEARS_SECONDS)
             if name is None:
                 self._ledger.done(entry, "dropped")
             else:
@@ -268,7 +286,10 @@ class BatchTeacher(AnthropicTeacher):
         mine = set(entry.keys)
         left, reason = set(mine), ""
         strangers = False
-        for _ in range(TRIES):
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(self.config.batch_poll_seconds)
+            reason = ""
             try:
                 for rows in _chunks(self._server.results(entry.id)):
                     strangers = strangers or any(key not in mine for key, _ in rows)
@@ -278,7 +299,7 @@ class BatchTeacher(AnthropicTeacher):
                         if key in left and isinstance(said, Failed):
                             self._failed(key, said)
                         left.discard(key)
-            except NoAnswer as fault:
+            except (NoAnswer, Unreachable) as fault:
                 reason = str(fault)
             if left == mine and strangers:
                 self._ledger.not_ours(entry)
@@ -286,10 +307,14 @@ class BatchTeacher(AnthropicTeacher):
             if not left:
                 self._ledger.done(entry, "fetched")
                 return
-        raise TeacherError(
-            f"the results of batch {entry.id} cannot be read ({reason or f'{len(left)} are missing'}); those that came "
-            "are stored, and the others are not asked for anew: run the same command again later"
-        )
+        if reason:
+            raise TeacherError(
+                f"the results of batch {entry.id} cannot be read ({reason}); those that came are stored, and the "
+                "others are not asked for anew: run the same command again later"
+            )
+        for key in left:  # the results are whole, without these: no later look will find them
+            self._failed(key, Failed("it is not in the results of its batch", again=False))
+        self._ledger.done(entry, "fetched")
 
     def _failed(self, key: str, failed: Failed) -> None:
         self._charged.pop(key, None)
@@ -322,7 +347,7 @@ def _chunks(rows: Iterator[tuple[str, dict | Failed]]) -> Iterator[list[tuple[st
             if len(chunk) == STORED_TOGETHER:
                 yield chunk
                 chunk = []
-    except NoAnswer:
+    except (NoAnswer, Unreachable):
         yield chunk
         raise
     yield chunk

@@ -14,7 +14,7 @@ from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.rater import candidates
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import NoAnswer
 from hominem_mlx.files import sha256_json
 from hominem_mlx.records import Preference, Trajectory
@@ -79,7 +79,7 @@ def compare(home: Path, config: Config, teacher: Teacher, *, progress: Progress 
     At most `pairs.max_per_prompt` pairs a prompt, drawn by `pairs.seed`. A pair's target is the mean of both orders;
     one on which the teacher has no leaning teaches nothing and is left out, as are pairs there are.
     """
-    with homes.holding(home, "comparing candidates"):
+    with alone_with(home, teacher, "comparing candidates"):
         pairs = _to_compare(home, config)
         refuse_if_dear(teacher, estimate(teacher, _comparisons(pairs)))
         said = compare_pairs(teacher, [(a.prompt, a.response, b.response) for a, b in pairs], progress=progress)
@@ -126,7 +126,8 @@ def _comparisons(pairs: Sequence[tuple[Trajectory, Trajectory]]) -> list[Questio
 def _preferred(one: Trajectory, other: Trajectory, probability: float) -> Preference:
     better, worse = (one, other) if probability > 0.5 else (other, one)
     return Preference(
-        id=f"compared-{sha256_json([better.id, worse.id])[:12]}",  # labels of the same two replies make a pair as well
+        # Labels of the same two replies make a pair as well: the ids must differ.
+        id=f"{homes.COMPARED}{sha256_json([better.id, worse.id])[:12]}",
         prompt=better.prompt,
         chosen=better.response,
         rejected=worse.response,

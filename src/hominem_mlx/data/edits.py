@@ -17,7 +17,7 @@ from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import EDITED_WORDS, Question
 from hominem_mlx.data.split import words_changed
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Label, Trajectory
@@ -51,7 +51,7 @@ def edit(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
 
     Raises: InputError without candidates, TeacherError when the teacher cannot be used or would cost too much.
     """
-    with homes.holding(home, "editing candidates"):
+    with alone_with(home, teacher, "editing candidates"):
         slots, old = _open_slots(home, config, teacher)
         refuse_if_dear(teacher, estimate(teacher, map(_question, slots)))
         done = Edited(kept=sum(row.edit_of is not None for row in old))

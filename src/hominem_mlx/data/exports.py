@@ -25,11 +25,12 @@ def read_rows(path: Path, left_out: Counter[str]) -> tuple[list[tuple[str, objec
     """The rows of any file we take, each with its place, and what is wrong with it.
 
     Args:
-        path: JSONL; a `.txt` file with a prompt a line; or JSON, an array of rows or of Open WebUI's chats or feedback.
+        path: JSONL; a `.txt` file with a prompt a line, or JSONL when it begins with `{`; or JSON, an array of rows or
+            of Open WebUI's chats or feedback.
         left_out: gets how many rated replies are not taken, by reason.
     """
-    if path.suffix.lower() == ".txt":
-        lines = enumerate(read_text(path).split("\n"), 1)
+    if path.suffix.lower() == ".txt" and not (text := read_text(path)).lstrip().startswith("{"):
+        lines = enumerate(text.split("\n"), 1)
         return [(f"{path}:{number}", {"prompt": line.strip()}) for number, line in lines if line.strip()], []
     problems: list[str] = []
     if path.suffix.lower() == ".json":

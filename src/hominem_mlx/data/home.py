@@ -43,6 +43,7 @@ UNLABELLED = "data/labeled/unlabelled.jsonl"
 UNSAMPLED = "data/raw/unsampled.jsonl"
 STARTER = Path(__file__).parents[1] / "starter"
 HUMAN = "human"
+COMPARED = "compared-"  # how ids of pairs begin of which only a comparison of the two replies is known
 
 
 def holding(home: Path, purpose: str) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hominem_mlx.config import Config, PairConfig
 from hominem_mlx.data import dataset
+from hominem_mlx.data import home as homes
 from hominem_mlx.data.answers import Progress
 from hominem_mlx.data.home import prompt_id
 from hominem_mlx.errors import ConfigError, InputError
@@ -90,15 +91,43 @@ def _label_pair(one: Label, other: Label, group: Sequence[Label], config: PairCo
         rejected_score=rewards[worse.id],
         score_margin=margin,
         target=soft_target(margin, temperature=config.temperature),
-        reward_intensity=max(intensity_of(row, group) for row in (better, worse)),
-        safety_score=_or_safe(better.reward.safety_score),
-        rejected_safety_score=_or_safe(worse.reward.safety_score),
+        **_safety_and_intensity(better, worse, group),
     )
 
 
 def _or_safe(value: float | None) -> float:
     """A reply nobody marked as unsafe counts as safe, as in a peer's file that has no such column."""
     return 1.0 if value is None else value
+
+
+def with_safety_of_labels(given: Sequence[Preference], labels: Sequence[Label]) -> list[Preference]:
+    """Given pairs, with safety and intensity of the two labels where a teacher only said which reply is better.
+
+    Such a comparison (`comparing`) knows nothing of safety: without a label of both replies it is left out, because an
+    unsafe reply must not be learnt as a safe one. A person's own pairs stay as they are.
+    """
+    by_place = {homes.place(label): label for label in labels}
+    siblings: dict[str, list[Label]] = {}
+    for label in labels:
+        siblings.setdefault(label.prompt, []).append(label)
+    found = []
+    for row in given:
+        if not row.id.startswith(homes.COMPARED):
+            found.append(row)
+            continue
+        better, worse = (by_place.get((row.prompt, reply)) for reply in (row.chosen, row.rejected))
+        if better is not None and worse is not None:
+            update = _safety_and_intensity(better, worse, siblings[row.prompt])
+            found.append(row.model_copy(update=update))
+    return found
+
+
+def _safety_and_intensity(better: Label, worse: Label, group: Sequence[Label]) -> dict[str, float]:
+    return {
+        "reward_intensity": max(intensity_of(row, group) for row in (better, worse)),
+        "safety_score": _or_safe(better.reward.safety_score),
+        "rejected_safety_score": _or_safe(worse.reward.safety_score),
+    }
 
 
 def _capped(pairs: list[Preference], config: PairConfig) -> list[Preference]:
@@ -183,10 +212,13 @@ def pair(
         student.
     """
     settings = config.pairs
-    pairs = {
-        part: [*from_labels(dataset.read_labels(labels, part), settings), *dataset.read_given(labels, part)]
-        for part in ("train", "valid")
-    }
+    pairs: dict[str, list[Preference]] = {}
+    unlabelled = 0
+    for part in ("train", "valid"):
+        labelled, given = dataset.read_labels(labels, part), dataset.read_given(labels, part)
+        usable = with_safety_of_labels(given, labelled)
+        unlabelled += len(given) - len(usable)
+        pairs[part] = [*from_labels(labelled, settings), *usable]
     parents = [labels]
     inputs: dict[str, str] = {}
     anchors: list[SftPair] = []
@@ -206,6 +238,7 @@ def pair(
         raise InputError(
             f"no two training replies to one prompt differ by pairs.min_margin = {settings.min_margin:g} or more: "
             "label more replies a prompt, or lower it"
+            + (f"; {unlabelled} compared pairs have a reply without a label: rate them" if unlabelled else "")
         )
     memory = dataset.read_memory(labels)
     with registry.draft(
@@ -224,6 +257,8 @@ def pair(
         if thumbs:
             write_jsonl(draft.folder / dataset.THUMBS, thumbs)
             draft.metrics["thumbs"] = len(thumbs)
+        if unlabelled:
+            draft.metrics["compared_without_label"] = unlabelled
     registry.use(draft.published, pointer="pairs")
     return draft.published
 

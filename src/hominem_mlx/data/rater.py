@@ -14,7 +14,7 @@ from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import Question
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.records import Label, Reward, Trajectory
@@ -55,7 +55,7 @@ def rate(
 
     Raises: TeacherError when the teacher cannot be used, or would cost more than allowed.
     """
-    with homes.holding(home, "rating candidates"):
+    with alone_with(home, teacher, "rating candidates"):
         todo, labels, kept = unrated(home, only)
         asking = Asking(config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))

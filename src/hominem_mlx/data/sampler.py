@@ -17,7 +17,7 @@ from hominem_mlx.data import questions
 from hominem_mlx.data.answers import AnswerStore, Progress, ask
 from hominem_mlx.data.prompts import STARTER_SOURCE, Material, Persona
 from hominem_mlx.data.questions import Question
-from hominem_mlx.data.teacher import Cost, estimate, refuse_if_dear
+from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Prompt, Trajectory
@@ -61,7 +61,7 @@ def sample(
 
     Raises: TeacherError when the teacher cannot be used, or would cost more than allowed.
     """
-    with homes.holding(home, "sampling candidates"):
+    with alone_with(home, teacher, "sampling candidates"):
         slots, old = _open_slots(home, config, teacher, student, starter)
         asked = [slot for slot in slots if slot.labeller != STUDENT]
         refuse_if_dear(teacher, estimate(teacher, map(_question, asked)))

@@ -3,6 +3,7 @@
 Nothing is sent anywhere unless a person configured it.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from hominem_mlx.config import Config, Inference, TeacherConfig
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import AnswerStore
-from hominem_mlx.data.home import ANSWERS, BATCHES
+from hominem_mlx.data.home import ANSWERS, BATCHES, holding
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.wire import Server
@@ -48,6 +49,19 @@ def open_teacher(config: Config, home: Path) -> Teacher:
 
     lm = backbone.load(model or config.student.base, home=home)
     return LocalTeacher(lm, store, max_tokens=config.teacher.max_tokens)
+
+
+@contextlib.contextmanager
+def alone_with(home: Path, teacher: Teacher, purpose: str) -> Iterator[None]:
+    """Keep other writers of the home's data out (see `home.holding`) while the teacher is asked.
+
+    What it was asked since it was opened, by another process that has ended, is read anew: between the two lies the
+    question whether to send, and nothing may be paid for twice.
+    """
+    with holding(home, purpose):
+        if isinstance(teacher, AnthropicTeacher):
+            teacher.reread()
+        yield
 
 
 # --- cost -----------------------------------------------------------------------------------------------------------
@@ -165,6 +179,10 @@ class AnthropicTeacher:
             else:
                 fresh.append(request)
         return self._cost(fresh).model_copy(update={"stored": stored, "under_way": under_way})
+
+    def reread(self) -> None:
+        """Take in what other processes have been answered since."""
+        self._store.reread()
 
     def _is_under_way(self, request: dict) -> bool:
         """Whether a request was sent, and its answer has not been fetched yet."""

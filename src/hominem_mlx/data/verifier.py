@@ -212,7 +212,8 @@ def halo(labels: Sequence[Label]) -> Halo:
     """Measure the halo over the dimensions that have labels.
 
     Each correlation is taken over the rows that have both numbers. With K dimensions the participation ratio must lie a
-    quarter of the way from 1 to K: 2.5 of 7 (`science.md` 2.8). With fewer than `HALO_ROWS` rows nothing is said.
+    quarter of the way from 1 to K: 2.5 of 7 (`science.md` 2.8). With fewer than `HALO_ROWS` rows nothing is said; a
+    dimension with fewer, alone or together with another one, is left out, and a note says so.
     """
     values = matrix(labels)
     counts = (~np.isnan(values)).sum(axis=0)
@@ -224,30 +225,36 @@ def halo(labels: Sequence[Label]) -> Halo:
     for k, (name, count) in enumerate(zip(MANIFOLD.names, counts)):
         if not count:
             found.notes.append(f"{name}: no reply has a label in it, so nothing can be learnt of it")
-        elif count >= HALO_ROWS and np.nanmax(values[:, k]) == np.nanmin(values[:, k]):
+        elif count < HALO_ROWS:
+            found.notes.append(
+                f"{name}: {count} labels in it are too few to show a halo ({HALO_ROWS} are needed): not looked at"
+            )
+        elif np.nanmax(values[:, k]) == np.nanmin(values[:, k]):
             found.faults.append(
                 f"{name} is {np.nanmin(values[:, k]):g} in all {count} rows that have it: nothing can be learnt from "
                 "it; rate it again, one dimension a call (teacher.rate_mode=single), or take the number out of the rows"
             )
         else:
             kept.append(k)
-    found.dimensions = [MANIFOLD.names[k] for k in kept]
-    if len(kept) < 2:
-        found.notes.append("with fewer than two dimensions that differ there is no halo to measure")
-        return found
     correlations = np.eye(len(kept))
     for i, j in itertools.combinations(range(len(kept)), 2):
         both = values[:, [kept[i], kept[j]]]
         both = both[~np.isnan(both).any(axis=1)]
         correlations[i, j] = correlations[j, i] = pearson(*both.T) if len(both) >= HALO_ROWS else math.nan
-    off = correlations[~np.eye(len(kept), dtype=bool)]
-    if np.isnan(off).any():
-        i, j = np.argwhere(np.isnan(correlations))[0]
+    while np.isnan(correlations).any():  # one sparse dimension must not hide a halo of the others
+        unknown = np.isnan(correlations).sum(axis=1)
+        worst = min(range(len(kept)), key=lambda i: (-unknown[i], counts[kept[i]], -i))
+        others = ", ".join(MANIFOLD.names[kept[j]] for j in np.flatnonzero(np.isnan(correlations[worst])))
         found.notes.append(
-            f"too few rows have both {found.dimensions[i]} and {found.dimensions[j]} to show a halo: {HALO_ROWS} that "
-            "differ are needed"
+            f"too few rows have both {MANIFOLD.names[kept[worst]]} and {others} to show a halo: {HALO_ROWS} that "
+            f"differ are needed; {MANIFOLD.names[kept.pop(worst)]} is not looked at"
         )
+        correlations = np.delete(np.delete(correlations, worst, axis=0), worst, axis=1)
+    found.dimensions = [MANIFOLD.names[k] for k in kept]
+    if len(kept) < 2:
+        found.notes.append("with fewer than two dimensions that differ there is no halo to measure")
         return found
+    off = correlations[~np.eye(len(kept), dtype=bool)]
     found.participation_ratio = participation_ratio(correlations)
     found.mean_abs_correlation = float(np.abs(off).mean())
     found.wanted = 1 + (len(kept) - 1) * (MIN_PARTICIPATION - 1) / (len(MANIFOLD.names) - 1)

@@ -123,10 +123,11 @@ class Server:
                 yield _batch(batch)
 
     def results(self, name: str) -> Iterator[tuple[str, dict | Failed]]:
-        """Custom id and answer of each request of an ended batch, in no order."""
+        """Custom id and answer of each request of an ended batch, in no order. Rows that name no request are passed."""
         with self._explained():
             for row in self._client.messages.batches.results(name):
-                yield _result(row)
+                if isinstance(custom_id := getattr(row, "custom_id", None), str):
+                    yield custom_id, _result(row)
 
     # --- faults -----------------------------------------------------------------------------------------------------
 
@@ -200,23 +201,25 @@ def _batch(batch: Any) -> Batch:
         raise NoAnswer("the server's answer is malformed") from None
 
 
-def _result(row: Any) -> tuple[str, dict | Failed]:
-    """One line of a batch's results as plain values."""
-    kind = getattr(getattr(row, "result", None), "type", None)
-    if kind == "succeeded":
-        try:
-            return row.custom_id, _content(row.result.message)
-        except NoAnswer as fault:
-            return row.custom_id, Failed(str(fault), again=False)  # it was paid for all the same
-    if kind == "errored":
-        error = getattr(row.result.error, "error", None)
-        name, said = getattr(error, "type", "error"), str(getattr(error, "message", ""))[:200]
-        return row.custom_id, Failed(f"{name}: {said}", again=name in PASSING)
+def _result(row: Any) -> dict | Failed:
+    """One line of a batch's results as plain values. One that cannot be read may have been paid for: never again."""
+    try:
+        kind = row.result.type
+        if kind == "succeeded":
+            return _content(row.result.message)
+        if kind == "errored":
+            error = getattr(row.result.error, "error", None)
+            name, said = getattr(error, "type", "error"), str(getattr(error, "message", ""))[:200]
+            return Failed(f"{name}: {said}", again=name in PASSING)
+    except NoAnswer as fault:
+        return Failed(str(fault), again=False)
+    except AttributeError:
+        return Failed("the server's answer is malformed", again=False)
     if kind == "expired":
-        return row.custom_id, Failed("the batch expired before its turn came", again=True)
+        return Failed("the batch expired before its turn came", again=True)
     if kind == "canceled":
-        return row.custom_id, Failed("the batch was cancelled", again=False)
-    raise NoAnswer("the server's answer is malformed")
+        return Failed("the batch was cancelled", again=False)
+    return Failed(f"the server says {str(kind)[:40]!r} of it, which is no known result", again=False)
 
 
 def _client(base_url: str, key: str, timeout_seconds: float, max_retries: int) -> anthropic.Anthropic:

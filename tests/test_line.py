@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 import hominem_mlx
 from hominem_mlx.cli import demo
 from hominem_mlx.config import load_config, read_toml
+from hominem_mlx.data import dataset
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.split import split_of, words
 from hominem_mlx.evaluation.goals import goals
@@ -97,6 +98,7 @@ def altered(share: Path, folder: Path) -> None:
         [r.model_copy(update={"prompt": other(r.prompt)}) if split_of(r.id) == "test" else r for r in prompts],
     )
     write_jsonl(folder / "reward_samples.jsonl", map(label, labels))
+    write_jsonl(folder / dataset.RETESTS, map(label, read_jsonl(share / dataset.RETESTS, Label)))
     write_jsonl(folder / "memory.jsonl", read_jsonl(share / "memory.jsonl", SftPair))
     write_jsonl(
         folder / "recall.jsonl", [r.model_copy(update={"question": other(r.question), "key": "Nobody"}) for r in recall]

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import read_json, sha256_file, sha256_json
+from hominem_mlx.models.platform import attention
 from hominem_mlx.schema import EMPTY, TRUNCATED
 
 NAME = "all-MiniLM-L6-v2"
@@ -60,6 +61,10 @@ def gelu(x: mx.array) -> mx.array:
     return x * (0.5 + 0.5 * (u * p / q))
 
 
+def _mlx_attention(queries, keys, values, *, scale, mask, **_) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens of a text, both directions."""
 
@@ -76,7 +81,7 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).reshape(B, T, self.heads, -1).transpose(0, 2, 1, 3) for layer in (self.query, self.key, self.value)
         )
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=(D // self.heads) ** -0.5, mask=mask)
+        mixed = attention(_mlx_attention, q, k, v, cache=None, scale=(D // self.heads) ** -0.5, mask=mask)
         return self.out(mixed.transpose(0, 2, 1, 3).reshape(B, T, D))
 
 

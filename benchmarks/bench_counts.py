@@ -34,6 +34,7 @@ class Counted:
         replies = [response for _, response in judged.texts]
         prompts = [prompt for prompt, _ in judged.texts] if reads_prompt else []
         self.owner = np.concatenate([np.arange(len(replies)) % items, np.arange(len(prompts))])
+        self.replies = len(replies)
         self.sign = np.ones(len(self.owner), np.float32)
         self.is_difference = judged.shape == "pair"
         if self.is_difference:
@@ -60,17 +61,21 @@ class Counted:
         self.weight = 1 + np.log(count[kept])
         self.by_column = np.argsort(self.column, kind="stable")
 
-    def rows(self, inside: np.ndarray) -> "Weighed":
-        """Term weights `(1 + log count) * idf`, each document of length 1, idf from the items `inside` alone."""
-        return Weighed(self, inside)
+    def rows(self, inside: np.ndarray) -> list["Weighed"]:
+        """Term weights `(1 + log count) * idf`, each document of length 1, idf from the items `inside` alone.
+
+        Returns: what a baseline may choose from: replies alone and, where there are prompts, replies and prompts.
+        """
+        alone = np.arange(len(self.owner)) < self.replies
+        return [Weighed(self, inside, read) for read in ([alone] if alone.all() else [alone, np.ones_like(alone)])]
 
 
 class Weighed:
     """One fold's view of `Counted`: `Rows` of counts and plain numbers together."""
 
-    def __init__(self, counted: Counted, inside: np.ndarray):
+    def __init__(self, counted: Counted, inside: np.ndarray, read: np.ndarray):
         self.counted = counted
-        documents = inside[counted.owner]
+        documents = inside[counted.owner] & read
         seen = np.bincount(counted.column[documents[counted.document]], minlength=counted.width)
         idf = np.where(seen >= counted.least, np.log((1 + documents.sum()) / (1 + seen)) + 1, 0.0).astype(np.float32)
         data = counted.weight * idf[counted.column]

@@ -16,6 +16,7 @@ import numpy as np
 FOLDS = 5
 DUAL_ROWS = 4000  # up to here equations are solved in [n, n], above by conjugate gradients
 MAX_STEPS, TOLERANCE = 200, 1e-3
+PRIOR_ROWS = 20
 
 
 class Rows(Protocol):
@@ -77,7 +78,9 @@ def left_out(
     *,
     intercept: bool = True,
 ) -> np.ndarray:
-    """What regressions say of rows they were not fitted on, `[P, n, L]`.
+    """What regressions say of rows they were not fitted on, `[P, n, L]`, above the mean of the labels learnt from.
+
+    That mean is left out: it is low where the rows left out have high labels, so over folds it would sort backwards.
 
     Args:
         rows: features; `rows` and penalties as in `reward.head.fit`.
@@ -95,10 +98,9 @@ def left_out(
         parts = [known & (fold != held_out) & (fold != number) for number in numbers]
         solve = _conjugate_gradients if gram is None else _normal_equations
         answers = solve(rows, gram, targets[:, labels], parts, penalties, intercept)
-        for number, learnt, predicted in zip(numbers, parts, answers, strict=True):
-            mean = targets[np.ix_(learnt, labels)].mean(axis=0) if intercept else 0.0
+        for number, predicted in zip(numbers, answers, strict=True):
             asked = np.flatnonzero(fold == number)
-            found[np.ix_(range(len(penalties)), asked, labels)] = predicted[:, asked] + mean
+            found[np.ix_(range(len(penalties)), asked, labels)] = predicted[:, asked]
     return found
 
 
@@ -165,32 +167,34 @@ def _by_mask(targets: np.ndarray):
 
 
 def stack(
-    predicted: np.ndarray, targets: np.ndarray, inside: np.ndarray, *, intercept: bool = True, penalty: float = 1e-2
+    predicted: np.ndarray, targets: np.ndarray, inside: np.ndarray, *, intercept: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """One prediction of several, weights fitted by least squares on `inside` alone and never below 0.
+
+    Weights are drawn towards equal ones, as strongly as `PRIOR_ROWS` rows would: few rows cannot tell who is better.
 
     Args:
         predicted: `[S, n]`, each row predicted by a regression that was not fitted on it.
         targets: `[n]`.
         inside: bool `[n]`, rows with a label outside the held-out fold.
-        penalty: relative to the predictions' own squares: two that say the same share the weight.
+        intercept: as in `left_out`.
 
-    Returns: `[n]` and the weights `[S]`.
+    Returns: `[n]`, and the weights `[S]`.
     """
-    said = predicted[:, inside].T
-    centre, mean = (said.mean(axis=0), targets[inside].mean()) if intercept else (np.zeros(len(predicted)), 0.0)
-    said, y = said - centre, targets[inside] - mean
+    said, y = predicted[:, inside].T, targets[inside]
+    if intercept:
+        said, y = said - said.mean(axis=0), y - y.mean()
     spread = np.maximum(np.sqrt(np.square(said).mean(axis=0)), 1e-12)
     said = said / spread
-    active = np.ones(len(predicted), bool)
-    weight = np.zeros(len(predicted))
-    while active.any():  # drops what would count against itself; at most S rounds
+    total = said.sum(axis=1)
+    equal = max(0.0, float(total @ y / max(total @ total, 1e-12)))
+    active, weight = np.ones(len(predicted), bool), np.zeros(len(predicted))
+    while active.any():  # drops what would count against the others; at most S rounds
         inner = said[:, active]
-        matrix = inner.T @ inner + penalty * len(inner) * np.eye(inner.shape[1])
+        matrix = inner.T @ inner + PRIOR_ROWS * np.eye(inner.shape[1])
         weight[:] = 0.0
-        weight[active] = np.linalg.solve(matrix, inner.T @ y)
+        weight[active] = np.linalg.solve(matrix, inner.T @ y + PRIOR_ROWS * equal)
         if (weight >= 0).all():
             break
         active &= weight > 0
-    weight = weight / spread
-    return (predicted - centre[:, None]).T @ weight + mean, weight
+    return predicted.T @ (weight / spread), weight / spread

@@ -53,7 +53,7 @@ CANDIDATES = {
     "near": (DEPTHS, ("mean", "near")),
     "all": (DEPTHS, POOLINGS),
 }
-PENALTIES = (0.1, 0.4, 1.5, 6.0)
+PENALTIES = (0.1, 0.5, 3.0, 15.0)
 COUNT_PENALTIES = (0.5, 2.0, 8.0)
 LENGTH_PENALTIES = (1e-3,)
 SHARD = 512  # texts a file of what was read: what a kill may cost
@@ -243,7 +243,9 @@ def predict_fold(judged, fold, held_out, counted, values, reading, targets) -> d
     inside, intercept = fold != held_out, judged.shape != "pair"
     options = {"targets": targets, "fold": fold, "held_out": held_out, "intercept": intercept}
     found = {
-        "ngram": left_out(counted.rows(inside), penalties=COUNT_PENALTIES, **options),
+        "ngram": np.concatenate(
+            [left_out(rows, penalties=COUNT_PENALTIES, **options) for rows in counted.rows(inside)]
+        ),
         "length": left_out(length_rows(judged, inside), penalties=LENGTH_PENALTIES, **options),
     }
     if reading is not None:

@@ -2,7 +2,7 @@
 
 | shape | fields of a row | what is measured |
 |---|---|---|
-| pair | prompt, chosen, rejected | pair accuracy |
+| pair | prompt, chosen, rejected | pair accuracy; of two equal texts half is right |
 | graded | prompt, response, labels {name: number, true, false, word, or null for none} | each label, see `Label` |
 | text | text, labels | the same; rows are grouped by `person` where there is one, else by the text |
 | choice | prompt, choices, answer, or `x_choices`, `x_answer` for further questions | accuracy |
@@ -193,10 +193,7 @@ def _labels(row: dict) -> Iterator[str]:
 
 
 def _check_pair(row: dict) -> Iterator[str]:
-    wrong = list(_texts(row, "prompt", "chosen", "rejected"))
-    yield from wrong
-    if not wrong and row["chosen"] == row["rejected"]:
-        yield "chosen and rejected are the same text"
+    yield from _texts(row, "prompt", "chosen", "rejected", may_be_empty=("prompt", "rejected"))
 
 
 def _check_graded(row: dict) -> Iterator[str]:

@@ -122,8 +122,8 @@ def test_every_wrong_row_is_named_at_once_with_its_file_and_line(tmp_path):
     wrong = [
         good[0] | {"chosen": 3},
         {"prompt": "p", "chosen": "a"},
-        good[0] | {"chosen": "same", "rejected": "same"},
-        good[0] | {"rejected": "  "},
+        good[0] | {"chosen": "  "},
+        good[0] | {"rejected": None},
         graded()[0],
         "a text",
     ]
@@ -141,8 +141,8 @@ def test_every_wrong_row_is_named_at_once_with_its_file_and_line(tmp_path):
     for line, reason in (
         ("pairs.jsonl:11: ", "chosen = 3: must be a text"),
         ("pairs.jsonl:12: ", "rejected is missing"),
-        ("pairs.jsonl:13: ", "the same text"),
-        ("pairs.jsonl:14: ", "rejected is empty"),
+        ("pairs.jsonl:13: ", "chosen is empty"),
+        ("pairs.jsonl:14: ", "rejected = None: must be a text"),
         ("pairs.jsonl:15: ", "not a row of shape pair"),
         ("pairs.jsonl:16: ", "'a text' is no row"),
         ("graded.jsonl.gz:2: ", "at least one label"),

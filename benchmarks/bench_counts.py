@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from bench_folds import Dense
+from bench_folds import Dense, Rows
 from bench_sets import JudgedSet, Pair
 
 from hominem_mlx.reward.ngram import pieces
@@ -24,100 +24,118 @@ BLOCK = 1 << 24  # numbers of a block of columns while products of rows are take
 class Counted:
     """Counts of one set, made once; `rows` weighs them anew for each fold, so that nothing held out is counted.
 
-    Documents are replies, and prompts where these may say something: they cancel in pairs and in choices.
+    Prompts are counted where they may say something: they cancel in pairs and in choices.
     """
 
     def __init__(self, judged: JudgedSet):
         items = len(judged.groups)
-        self.items = items
-        reads_prompt = judged.shape == "graded"
-        replies = [response for _, response in judged.texts]
-        prompts = [prompt for prompt, _ in judged.texts] if reads_prompt else []
-        self.owner = np.concatenate([np.arange(len(replies)) % items, np.arange(len(prompts))])
-        self.replies = len(replies)
-        self.sign = np.ones(len(self.owner), np.float32)
-        self.is_difference = judged.shape == "pair"
-        if self.is_difference:
-            self.sign[items : 2 * items] = -1.0
-        self._index([(text, "") for text in replies] + [(text, "p") for text in prompts])
+        least = MANY_MIN_TEXTS if items > MANY_TEXTS else MIN_TEXTS
+        sign = np.where(np.arange(len(judged.texts)) < items, 1.0, -1.0).astype(np.float32)
+        self.sides = [Side([response for _, response in judged.texts], items, sign, least)]
+        if judged.shape == "graded":
+            self.sides.append(Side([prompt for prompt, _ in judged.texts], items, sign, least))
         self.numbers = _signed(np.array([plain_numbers(pair) for pair in judged.texts]), judged)
+        self.is_difference = judged.shape == "pair"
 
-    def _index(self, documents: Sequence[tuple[str, str]]) -> None:
-        """Where every count stands: sorted by document, and the order by piece."""
+    def rows(self, inside: np.ndarray) -> list["Together"]:
+        """What a baseline may choose from: replies alone and, where there are prompts, replies and prompts.
+
+        Args:
+            inside: bool `[n]`, the items that may be learnt from.
+        """
+        numbers = Dense(self.numbers, inside, centre=not self.is_difference)
+        numbers.z *= np.float32(NUMBERS_WEIGHT)
+        parts = [numbers, *(Weighed(side, inside) for side in self.sides)]
+        return [Together(parts[: count + 1]) for count in range(1, len(parts))]
+
+
+class Side:
+    """Counts of words and letters in the replies, or in the prompts, of one set.
+
+    Args:
+        texts: `[T]`; text `t` belongs to item `t % items` and counts with `sign[t]`.
+        least: pieces in fewer texts are left out.
+    """
+
+    def __init__(self, texts: Sequence[str], items: int, sign: np.ndarray, least: int):
         place: dict[str, int] = {}
         columns, counts, sizes = array("i"), array("i"), []
-        for text, side in documents:
-            counter = Counter(side + piece for piece in pieces(text))
+        for text in texts:
+            counter = Counter(pieces(text))
             columns.extend(place.setdefault(piece, len(place)) for piece in counter)
             counts.extend(counter.values())
             sizes.append(len(counter))
-        column, count = np.array(columns), np.array(counts, np.float32)
-        self.least = MANY_MIN_TEXTS if self.items > MANY_TEXTS else MIN_TEXTS
-        known = np.bincount(column, minlength=len(place)) >= self.least
+        column, count = np.array(columns, np.int64), np.array(counts, np.float32)
+        known = np.bincount(column, minlength=len(place)) >= least
         kept = known[column]
-        self.width = int(known.sum())
-        self.document = np.repeat(np.arange(len(sizes)), sizes)[kept]
-        self.column = (np.cumsum(known) - 1)[column[kept]]
-        self.weight = 1 + np.log(count[kept])
-        self.by_column = np.argsort(self.column, kind="stable")
-
-    def rows(self, inside: np.ndarray) -> list["Weighed"]:
-        """Term weights `(1 + log count) * idf`, each document of length 1, idf from the items `inside` alone.
-
-        Returns: what a baseline may choose from: replies alone and, where there are prompts, replies and prompts.
-        """
-        alone = np.arange(len(self.owner)) < self.replies
-        return [Weighed(self, inside, read) for read in ([alone] if alone.all() else [alone, np.ones_like(alone)])]
+        column = (np.cumsum(known) - 1)[column[kept]]
+        order = np.argsort(column, kind="stable")
+        self.items, self.least, self.sign, self.width = items, least, sign, int(known.sum())
+        self.column, self.text = column[order], np.repeat(np.arange(len(sizes)), sizes)[kept][order]
+        self.weight = (1 + np.log(count[kept]))[order]
 
 
 class Weighed:
-    """One fold's view of `Counted`: `Rows` of counts and plain numbers together."""
+    """`Rows` of term weights `(1 + log count) * idf`, each text of length 1, idf from the items `inside` alone."""
 
-    def __init__(self, counted: Counted, inside: np.ndarray, read: np.ndarray):
-        self.counted = counted
-        documents = inside[counted.owner] & read
-        seen = np.bincount(counted.column[documents[counted.document]], minlength=counted.width)
-        idf = np.where(seen >= counted.least, np.log((1 + documents.sum()) / (1 + seen)) + 1, 0.0).astype(np.float32)
-        data = counted.weight * idf[counted.column]
-        squares = np.bincount(counted.document, np.square(data), minlength=len(counted.owner))
-        self.data = data * (counted.sign / np.sqrt(np.maximum(squares, 1e-12)))[counted.document].astype(np.float32)
-        self.item = counted.owner[counted.document]
-        self.numbers = Dense(counted.numbers, inside, centre=not counted.is_difference).z * np.float32(NUMBERS_WEIGHT)
-        self.count, self.width = counted.items, counted.width + self.numbers.shape[1]
-        self._order = counted.by_column
-        self._starts = np.flatnonzero(np.r_[True, np.diff(counted.column[self._order]) > 0])
-        self._present = counted.column[self._order][self._starts]
+    def __init__(self, side: Side, inside: np.ndarray):
+        self.count, self.width = side.items, side.width
+        self.column, self.item = side.column, side.text % side.items
+        seen = np.bincount(self.column[inside[self.item]], minlength=side.width)
+        texts = inside.sum() * len(side.sign) / side.items
+        idf = np.where(seen >= side.least, np.log((1 + texts) / (1 + seen)) + 1, 0.0).astype(np.float32)
+        data = side.weight * idf[self.column]
+        length = np.sqrt(np.bincount(side.text, np.square(data), minlength=len(side.sign)))
+        self.data = data * (side.sign / np.maximum(length, 1e-12)).astype(np.float32)[side.text]
+        self._starts = np.flatnonzero(np.r_[True, np.diff(self.column) > 0][: len(self.column)])
+        self._gram: np.ndarray | None = None
 
     def gram(self) -> np.ndarray:
-        """Products of all rows with all, `[n, n]` float32, a block of columns at a time."""
-        total = self.numbers @ self.numbers.T
-        column, item, data = self.counted.column[self._order], self.item[self._order], self.data[self._order]
-        size = max(1, BLOCK // self.count)
-        for first in range(0, self.counted.width, size):
-            low, high = np.searchsorted(column, [first, first + size])
-            width = min(size, self.counted.width - first)
-            block = np.bincount(
-                item[low:high] * width + column[low:high] - first, data[low:high], minlength=self.count * width
-            )
-            block = block.reshape(self.count, width).astype(np.float32)
-            total += block @ block.T
-        return total
+        """Products of all rows with all, `[n, n]` float32, a block of columns at a time; kept."""
+        if self._gram is None:
+            self._gram = np.zeros((self.count, self.count), np.float32)
+            size = max(1, BLOCK // self.count)
+            for first in range(0, self.width, size):
+                low, high = np.searchsorted(self.column, [first, first + size])
+                width = min(size, self.width - first)
+                place = self.item[low:high] * width + self.column[low:high] - first
+                block = np.bincount(place, self.data[low:high], minlength=self.count * width)
+                block = block.reshape(self.count, width).astype(np.float32)
+                self._gram += block @ block.T
+        return self._gram
 
     def times(self, weight: np.ndarray) -> np.ndarray:
         """`[F, C]` to `[n, C]`."""
-        words, numbers = weight[: self.counted.width], weight[self.counted.width :]
-        column = self.counted.column
-        said = [np.bincount(self.item, self.data * one[column], minlength=self.count) for one in words.T]
-        return np.stack(said, axis=1).astype(np.float32) + self.numbers @ numbers
+        said = [np.bincount(self.item, self.data * one[self.column], minlength=self.count) for one in weight.T]
+        return np.stack(said, axis=1).astype(np.float32)
 
     def transposed_times(self, values: np.ndarray) -> np.ndarray:
         """`[n, C]` to `[F, C]`."""
         out = np.zeros((self.width, values.shape[1]), np.float32)
-        item, data = self.item[self._order], self.data[self._order]
-        for number, one in enumerate(values.T):
-            out[self._present, number] = np.add.reduceat(data * one[item], self._starts) if len(data) else 0.0
-        out[self.counted.width :] = self.numbers.T @ values
+        if self.width:
+            for number, one in enumerate(values.T):
+                out[self.column[self._starts], number] = np.add.reduceat(self.data * one[self.item], self._starts)
         return out
+
+
+class Together:
+    """`Rows` of several kinds of features side by side."""
+
+    def __init__(self, parts: Sequence[Rows]):
+        self.parts, self.count, self.width = parts, parts[0].count, sum(part.width for part in parts)
+
+    def gram(self) -> np.ndarray:
+        """Products of all rows with all, `[n, n]` float32."""
+        return np.sum([part.gram() for part in self.parts], axis=0)
+
+    def times(self, weight: np.ndarray) -> np.ndarray:
+        """`[F, C]` to `[n, C]`."""
+        cuts = np.cumsum([part.width for part in self.parts])[:-1]
+        return np.sum([part.times(own) for part, own in zip(self.parts, np.split(weight, cuts))], axis=0)
+
+    def transposed_times(self, values: np.ndarray) -> np.ndarray:
+        """`[n, C]` to `[F, C]`."""
+        return np.concatenate([part.transposed_times(values) for part in self.parts])
 
 
 def plain_numbers(pair: Pair) -> list[float]:

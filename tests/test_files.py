@@ -1,5 +1,6 @@
 """Files: what a person hands over is checked whole, what we write is there wholly or not at all."""
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -55,6 +56,18 @@ def test_all_problems_of_a_file_come_at_once(write_rows):
 def test_a_duplicate_id_names_both_lines(write_rows):
     with pytest.raises(InputError, match=r":3: id = 'a' is already used in line 1"):
         files.read_jsonl(write_rows("labels.jsonl", [GOOD, {**GOOD, "id": "b"}, GOOD]), Label)
+
+
+def test_packed_files_are_unpacked_and_damaged_ones_named(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": \n'))
+    rows, problems = files.read_objects(path)
+    assert rows == [(f"{path}:1", {"a": 1})] and problems[0].startswith(f"{path}:2: not JSON")
+    whole = path.read_bytes()
+    for damaged in (b"plain", whole[:-9], whole[:12] + b"\xff\xff\xff" + whole[15:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="not a whole gzip file"):
+            files.read_objects(path)
 
 
 def test_missing_empty_and_foreign_files_say_what_they_are(tmp_path, write_rows):

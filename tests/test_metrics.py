@@ -84,6 +84,28 @@ def test_participation_ratio_is_that_of_the_eigenvalues():
     assert metrics.participation_ratio(matrix) == pytest.approx(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
 
 
+def test_area_by_hand():
+    # positives .9 and .4, negatives .5, .4, .1: of 6 pairs 3 + 1 are right and one is a tie
+    assert metrics.auroc([0.9, 0.4, 0.5, 0.4, 0.1], [1, 1, 0, 0, 0]) == pytest.approx(4.5 / 6)
+    assert np.isnan(metrics.auroc([0.1, 0.2], [1, 1]))
+    assert metrics.auroc([3, 1, 2], [1, NAN, 0]) == 1.0
+
+
+@given(st.integers(0, 1000))
+def test_area_is_the_share_of_pairs_in_order(seed):
+    rng = np.random.default_rng(seed)
+    score, positive = rng.integers(0, 6, 20), np.arange(20) % 3 == 0
+    won = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
+    assert metrics.auroc(score, positive) == pytest.approx(np.mean(won))
+
+
+def test_f1_by_hand():
+    # 2 of 3 said are right, 2 of 4 positives are found: 2 * (2/3 * 1/2) / (2/3 + 1/2)
+    assert metrics.f1([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]) == pytest.approx(4 / 7)
+    assert metrics.f1([0, 0], [1, 0]) == 0.0
+    assert np.isnan(metrics.f1([1, 0], [0, 0]))
+
+
 def test_pairs_stay_within_their_prompt_and_margin():
     label = np.array([0.9, 0.6, 0.1, 0.5, 0.2])  # prompt p: margins .3 .8 .5; prompt q: .3
     groups = np.array(["p", "p", "p", "q", "q"])
@@ -132,6 +154,23 @@ def test_pair_accuracy_is_that_of_two_loops():
         if groups[i] == groups[j] and 0.05 <= abs(label[i] - label[j]) < 0.3
     ]
     assert metrics.pair_accuracy(predicted, label, groups, low=0.05, high=0.3) == pytest.approx(np.mean(right))
+
+
+def test_a_statistic_that_is_a_mean_has_the_interval_of_a_mean():
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=90), rng.integers(0, 30, 90)
+    known = metrics.bootstrap(values, groups, resamples=2000, seed=3)
+    found = metrics.bootstrap_statistic(lambda rows: values[rows].mean(), groups, resamples=2000, seed=3)
+    assert found == pytest.approx(known, abs=1e-9)
+
+
+def test_a_statistic_is_drawn_by_whole_groups_and_bears_draws_without_one_class():
+    interval = metrics.bootstrap_statistic(
+        lambda rows: metrics.auroc(np.array([1, 2, 3, 4])[rows], np.array([0, 0, 1, 1])[rows]), ["p", "p", "q", "q"]
+    )
+    assert interval == (1.0, 1.0, 1.0)  # draws of one prompt alone have no area and are left out
+    nothing = metrics.bootstrap_statistic(lambda rows: NAN, np.arange(3))
+    assert np.isnan(nothing).all()
 
 
 def test_bootstrap_draws_whole_groups():

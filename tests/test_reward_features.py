@@ -18,7 +18,7 @@ PAIRS = [
     ("Tell me what to do. " * 6, "You could ask her, or wait a day; which feels right to you? " * 3),
     ("日本語で 🙂", "Ünïcödé 🙂 works too"),
 ]
-POOLINGS = ("mean", "max", "std", "gap", "last")
+POOLINGS = ("mean", "max", "std", "gap", "last", "prompt", "near")
 
 
 @pytest.fixture
@@ -36,13 +36,23 @@ def test_pooling_by_hand():
         *(2.0, 2.0),  # standard deviation
         *(2.0, 5.0),  # |reply (4, 6) - prompt (2, 1)|
         *(6.0, 4.0),  # last
+        *(2.0, 1.0),  # mean of the prompt (1, 0) and (3, 2)
+        *(2.0, 4.0),  # both are nearest to (3, 2): |(2, 8) - (3, 2)| and |(6, 4) - (3, 2)|, (1, 6) and (3, 2)
     ]
 
 
 def test_pooling_never_looks_at_padding_and_bears_a_prompt_of_nothing():
     hidden = mx.array([[[1.0], [-5.0], [99.0]]])
     assert pool(hidden, mx.array([[0, 1]]), mx.array([[1, 2]]), ("mean", "max", "std")).tolist() == [[-5.0, -5.0, 0.0]]
-    assert pool(hidden, mx.array([[0, 0]]), mx.array([[1, 2]]), ("gap",)).tolist() == [[5.0]]
+    assert pool(hidden, mx.array([[0, 0]]), mx.array([[1, 2]]), ("gap", "near", "prompt")).tolist() == [[5.0, 5.0, 0.0]]
+
+
+def test_a_reply_that_repeats_its_prompt_is_near_in_any_order():
+    words = mx.random.normal((4, 6), key=mx.random.key(0))
+    hidden = mx.concatenate([words, words[::-1], 100 * mx.ones((2, 6))])[None]
+    near = pool(hidden, mx.array([[0, 4]]), mx.array([[4, 8]]), ("near",))
+    assert mx.abs(near).max().item() < 1e-5
+    assert mx.abs(pool(hidden, mx.array([[0, 2]]), mx.array([[4, 8]]), ("near",))).max().item() > 0.1
 
 
 def test_layers_are_shares_of_the_depth():
@@ -55,7 +65,7 @@ def test_a_batch_gives_what_each_pair_gives_alone(backbone):
     together, flags = backbone.read(PAIRS)
     alone = np.concatenate([backbone.read([pair])[0] for pair in PAIRS])
     np.testing.assert_allclose(together, alone, atol=2e-5)
-    assert together.shape == (4, 3 * 5 * 32) and flags == [()] * 4
+    assert together.shape == (4, 3 * len(POOLINGS) * 32) and flags == [()] * 4
 
 
 def test_layer_zero_is_the_embedding_of_the_tokens(tiny):

@@ -134,8 +134,9 @@ class RewardConfig(Section):
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
     layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
     """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
-    poolings: tuple[Literal["mean", "max", "std", "last", "gap"], ...] = ("mean", "max", "std", "gap")
-    """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature."""
+    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near"], ...] = ("mean", "max", "std", "gap")
+    """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature, `near`
+    the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean."""
     penalties: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
     folds: Annotated[int, Field(ge=2, le=20)] = 5

@@ -6,6 +6,7 @@ Append-only logs take one `write` per record; the half line a kill may leave is 
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -173,7 +175,7 @@ def scratch_folder(parent: Path, prefix: str = ".draft-") -> Iterator[Path]:
 
 
 def read_text(path: Path, *, torn_tail: bool = False) -> str:
-    """The text of a file a person handed over; says what is wrong when it is missing or not UTF-8.
+    """The text of a file a person handed over; says what is wrong when it is missing or not UTF-8. `.gz` is unpacked.
 
     Args:
         path: the file.
@@ -181,12 +183,15 @@ def read_text(path: Path, *, torn_tail: bool = False) -> str:
     """
     try:
         data = Path(path).read_bytes()
+        data = gzip.decompress(data) if Path(path).suffix == ".gz" else data
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder; name a file") from None
     except PermissionError:
         raise InputError(f"{path}: cannot be read (permission denied)") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: is not a whole gzip file ({error}); fetch it again") from None
     if torn_tail:
         data = data[: data.rfind(b"\n") + 1]
     try:

@@ -49,6 +49,27 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     return pearson(ranks(a), ranks(b))
 
 
+def auroc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Chance that a positive row of `[N]` scores above a negative one, ties counted half, in [0, 1]; chance is 0.5.
+
+    NaN where either kind is missing. Source: Hanley and McNeil 1982 (the area under the ROC curve is Mann-Whitney's U).
+    """
+    score, positive = _both(score, positive)
+    yes = positive > 0
+    count = int(yes.sum())
+    if count in (0, len(yes)):
+        return float("nan")
+    return float((ranks(score)[yes].sum() - count * (count + 1) / 2) / (count * (len(yes) - count)))
+
+
+def f1(said: np.ndarray, positive: np.ndarray) -> float:
+    """Harmonic mean of precision and recall of `[N]` yes-or-no answers, in [0, 1]; NaN where nothing is positive."""
+    said, positive = np.asarray(said, bool), np.asarray(positive, bool)
+    if not positive.any():
+        return float("nan")
+    return float(2 * (said & positive).sum() / (said.sum() + positive.sum()))
+
+
 def residuals(values: np.ndarray) -> np.ndarray:
     """What is left of each dimension when the row's mean over dimensions is taken away, `[N, K]`.
 
@@ -155,6 +176,43 @@ def paired_bootstrap(
     """`bootstrap` of `a - b`: how much better `a` is than `b` on the same items."""
     difference = np.asarray(a, float) - np.asarray(b, float)
     return bootstrap(difference, groups, resamples=resamples, seed=seed, level=level)
+
+
+def bootstrap_statistic(
+    statistic: Callable[[np.ndarray], float],
+    groups: np.ndarray,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """A statistic that is no mean (an area, a correlation) and its interval when whole groups are drawn.
+
+    Args:
+        statistic: of int row numbers `[M]`, repeats included; for a paired comparison return the difference.
+        groups: the prompt of each row, `[N]`.
+        resamples: draws; one in which the statistic is NaN (a class is missing) is left out.
+
+    Returns: the statistic of all rows as `mean`, and the interval.
+    """
+    names, owner = np.unique(np.asarray(groups), return_inverse=True)
+    if not len(names):
+        return Interval(float("nan"), float("nan"), float("nan"))
+    value = statistic(np.arange(len(owner)))
+    by_group = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner))
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(names), len(names))
+        sizes = (ends - np.r_[0, ends[:-1]])[drawn]
+        inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        found.append(statistic(by_group[np.repeat(ends[drawn] - sizes, sizes) + inside]))
+    there = np.array(found)[~np.isnan(found)]
+    if not len(there):
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(there, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def permutation_p(

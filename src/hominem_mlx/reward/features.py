@@ -166,10 +166,13 @@ def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[s
     Args:
         hidden: `[N, T, D]`.
         asked, said: int `[N, 2]`, first and past-the-last place of prompt and reply; a reply has at least one token.
-        poolings: of `mean`, `max`, `std`, `last` over the reply, and `gap`: |mean of the reply - mean of the prompt|,
-            which tells a linear head how far the reply goes from what was said.
+        poolings: of `mean`, `max`, `std`, `last` over the reply; `prompt`: the mean of the prompt; and two that
+            tell a linear head how far the reply goes from what was said: `gap`, |mean of the reply - mean of the
+            prompt|, and `near`, the mean over the reply of |token - the prompt's token of most similar direction|. A
+            prompt without tokens counts as zeros.
 
-    Returns: `[N, len(poolings) * D]`. Source: `science.md` 2.1; `std` and `gap` were found on the training prompts.
+    Returns: `[N, len(poolings) * D]`. Source: `science.md` 2.1; `std` and `gap` were found on the training prompts,
+    `near` matches tokens as BERTScore does (Zhang et al. 2020, arXiv 1904.09675).
     """
     places = mx.arange(hidden.shape[1])
 
@@ -178,12 +181,24 @@ def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[s
 
     reply, prompt = inside(said), inside(asked)
     mean = mx.where(reply, hidden, 0.0).sum(1) / reply.sum(1)
+    asked_mean = mx.where(prompt, hidden, 0.0).sum(1) / mx.maximum(prompt.sum(1), 1)
+
+    def near() -> mx.array:
+        length = mx.sqrt(mx.square(hidden).sum(-1, keepdims=True))
+        direction = hidden / mx.maximum(length, 1e-12)
+        alike = mx.where(prompt.swapaxes(1, 2), direction @ direction.swapaxes(1, 2), -mx.inf)
+        found = mx.take_along_axis(hidden, mx.argmax(alike, axis=2)[..., None], axis=1)
+        far = mx.abs(hidden - mx.where(prompt.any(1, keepdims=True), found, 0.0))
+        return mx.where(reply, far, 0.0).sum(1) / reply.sum(1)
+
     made = {
         "mean": lambda: mean,
         "max": lambda: mx.where(reply, hidden, -mx.inf).max(1),
         "std": lambda: _root(mx.where(reply, mx.square(hidden - mean[:, None]), 0.0).sum(1) / reply.sum(1)),
         "last": lambda: mx.take_along_axis(hidden, (said[:, 1] - 1)[:, None, None], axis=1)[:, 0],
-        "gap": lambda: mx.abs(mean - mx.where(prompt, hidden, 0.0).sum(1) / mx.maximum(prompt.sum(1), 1)),
+        "prompt": lambda: asked_mean,
+        "gap": lambda: mx.abs(mean - asked_mean),
+        "near": near,
     }
     return mx.concatenate([made[name]() for name in poolings], axis=1)
 

@@ -1,13 +1,34 @@
 """Ridge regressions of several outputs on one feature matrix: fitted, left out by folds, and drawn by bootstrap.
 
 Shapes: `N` rows, `F` features, `O` outputs, `P` penalties, `E` draws. Everything is float64 in numpy.
+
+In the primal form the normal equations of all rows are decomposed once. Those of all but a fold, or of a bootstrap
+draw, are much like them, which makes their conjugate gradients short.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-CLOSE_ENOUGH, MOST_ROUNDS = 1e-7, 100  # of conjugate gradients: relative residual
+# Relative residuals at which conjugate gradients end: with a fold left out, and of a bootstrap draw, which only says
+# how far draws lie apart.
+LEFT_OUT_CLOSE, DRAW_CLOSE, MOST_ROUNDS = 1e-6, 1e-4, 300
+
+
+class Whole(NamedTuple):
+    """Normal equations of some rows, decomposed: `Z'Z` of centred features is `vectors @ diag(values) @ vectors.T`."""
+
+    mean: np.ndarray  # [F]
+    values: np.ndarray  # [F]
+    vectors: np.ndarray  # [F, F]
+
+    def solve(self, right: np.ndarray, penalties: np.ndarray) -> np.ndarray:
+        """Weights for right sides, the last axis of both `[F, ..., C]` and `[C]` in step."""
+        turned = (self.vectors.T @ right.reshape(len(right), -1)).reshape(right.shape)
+        turned /= self.values.reshape(-1, *[1] * (right.ndim - 1)) + penalties
+        return (self.vectors @ turned.reshape(len(right), -1)).reshape(right.shape)
 
 
 class Ridge:
@@ -21,6 +42,7 @@ class Ridge:
         self.is_dual = z.shape[0] < z.shape[1]
         self.z = z if self.is_dual else np.asarray(z, np.float64)
         self.gram = np.asarray(z @ z.T if self.is_dual else (), np.float64)
+        self._kept: tuple[bytes, Whole] | None = None
 
     def solve(self, rows: np.ndarray, targets: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[F, O]` and intercepts `[O]` from `rows` (repeats allowed).
@@ -30,16 +52,20 @@ class Ridge:
         weight, bias = np.zeros((self.z.shape[1], targets.shape[1])), np.zeros(targets.shape[1])
         for outputs, there in by_mask(targets[rows]):
             kept = rows[there]
-            mean, matrix, right = self._equations(kept, targets[np.ix_(kept, outputs)])
-            coefficients = np.zeros(right.shape)
-            for penalty in np.unique(penalties[outputs]):
-                own = penalties[outputs] == penalty
-                coefficients[:, own] = np.linalg.solve(matrix + penalty * np.eye(len(matrix)), right[:, own])
+            y = targets[np.ix_(kept, outputs)]
+            off = y - y.mean(axis=0)
             if self.is_dual:
+                mean = self.gram[np.ix_(kept, kept)].mean(axis=0)
+                coefficients, matrix = np.zeros(off.shape), self._centred_gram(kept)
+                for penalty in np.unique(penalties[outputs]):
+                    own = penalties[outputs] == penalty
+                    coefficients[:, own] = np.linalg.solve(matrix + penalty * np.eye(len(matrix)), off[:, own])
                 weight[:, outputs] = self.z[kept].T @ coefficients.astype(self.z.dtype)
             else:
-                weight[:, outputs] = coefficients
-            bias[outputs] = targets[np.ix_(kept, outputs)].mean(axis=0) - mean @ coefficients
+                whole = self._whole(kept)
+                mean = whole.mean
+                weight[:, outputs] = coefficients = whole.solve(self.z[kept].T @ off, penalties[outputs])
+            bias[outputs] = y.mean(axis=0) - mean @ coefficients
         return weight, bias
 
     def draws(
@@ -47,8 +73,7 @@ class Ridge:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`solve` for several draws of rows: weights `[E, F, O]` and intercepts `[E, O]`.
 
-        In the primal form a draw is all rows with weights. Its equations are much like those of all rows, whose
-        inverse makes conjugate gradients short (Hestenes and Stiefel 1952).
+        In the primal form a draw is all rows with weights.
         """
         weight = np.zeros((len(drawn), self.z.shape[1], targets.shape[1]))
         bias = np.zeros((len(drawn), targets.shape[1]))
@@ -64,11 +89,10 @@ class Ridge:
 
     def _weighted(self, rows, y, times, penalties) -> tuple[np.ndarray, np.ndarray]:
         """Regressions in which each row counts `times` `[rows, E]`: weights `[E, F, O]`, intercepts `[E, O]`."""
-        z, size, draws = self.z[rows], self.z.shape[1], times.shape[1]
+        z, size = self.z[rows], self.z.shape[1]
         total = np.maximum(times.sum(axis=0), 1)[:, None]
         z_mean, y_mean = times.T @ z / total, times.T @ y / total
-        _, matrix, _ = self._equations(rows, y)
-        inverse = {penalty: np.linalg.inv(matrix + penalty * np.eye(size)) for penalty in np.unique(penalties)}
+        whole = self._whole(rows)
 
         def apply(w: np.ndarray) -> np.ndarray:  # [F, E, O]
             said = (z @ w.reshape(size, -1)).reshape(len(z), *w.shape[1:])
@@ -76,16 +100,11 @@ class Ridge:
             centre = np.einsum("ef,feo->eo", z_mean, w)
             return back - z_mean.T[:, :, None] * (total * centre) + penalties * w
 
-        def nearly_solve(right: np.ndarray) -> np.ndarray:
-            made = np.empty_like(right)
-            for penalty, matrix in inverse.items():
-                own = penalties == penalty
-                made[:, :, own] = (matrix @ right[:, :, own].reshape(size, -1)).reshape(size, draws, -1)
-            return made
-
         off = times[:, :, None] * (y[:, None] - y_mean)  # sums to 0 in every draw, so z need not be centred
         right = (z.T @ off.reshape(len(z), -1)).reshape(size, *off.shape[1:])
-        weight = np.moveaxis(conjugate_gradients(apply, nearly_solve, right), 0, 1)
+        weight = np.moveaxis(
+            conjugate_gradients(apply, lambda left: whole.solve(left, penalties), right, DRAW_CLOSE), 0, 1
+        )
         return weight, y_mean - np.einsum("ef,efo->eo", z_mean, weight)
 
     def left_out_errors(
@@ -122,27 +141,35 @@ class Ridge:
                 errors[number, block] = np.linalg.solve(np.eye(len(block)) - smoother, left[block])
 
     def _left_out_primal(self, rows, y, blocks, penalties, errors) -> None:
-        """The normal equations of the other folds are those of all rows less the fold's own."""
-        z = self.z[rows]
-        parts = [(z[block].T @ z[block], z[block].T @ y[block], z[block].sum(0), y[block].sum(0)) for block in blocks]
-        whole = [sum(pieces) for pieces in zip(*parts, strict=True)]
+        """The normal equations of the other folds are those of all rows less the fold's own; all penalties at once."""
+        parts = []
+        for block in blocks:
+            own = self.z[rows[block]]
+            parts.append((own.T @ own, own.T @ y[block], own.sum(axis=0), y[block].sum(axis=0)))
+        products, right, z_sum, y_sum = (functools.reduce(np.add, pieces) for pieces in zip(*parts, strict=True))
+        whole = self._whole(rows, products)
+        price = np.repeat(penalties, y.shape[1])
         for block, part in zip(blocks, parts, strict=True):
-            products, right, z_sum, y_sum = (all_ - own for all_, own in zip(whole, part, strict=True))
             count = len(rows) - len(block)
-            matrix = products - np.outer(z_sum, z_sum) / count
-            right = right - np.outer(z_sum, y_sum) / count
-            for number, penalty in enumerate(penalties):
-                weight = np.linalg.solve(matrix + penalty * np.eye(len(matrix)), right)
-                errors[number, block] = y[block] - y_sum / count - (z[block] - z_sum / count) @ weight
+            matrix, wanted = products - part[0], right - part[1]
+            z_mean, y_mean = (z_sum - part[2]) / count, (y_sum - part[3]) / count
+            matrix -= count * np.outer(z_mean, z_mean)
+            wanted = np.tile(wanted - count * np.outer(z_mean, y_mean), len(penalties))
+            apply = functools.partial(_penalised, matrix, price)
+            weight = conjugate_gradients(apply, lambda left: whole.solve(left, price), wanted, LEFT_OUT_CLOSE)
+            said = (self.z[rows[block]] @ weight - z_mean @ weight).reshape(len(block), len(penalties), -1)
+            errors[:, block] = y[block] - y_mean - said.swapaxes(0, 1)
 
-    def _equations(self, rows: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean of what coefficients multiply, matrix of the normal equations, and their right side."""
-        off = y - y.mean(axis=0)
-        if self.is_dual:
-            return self.gram[np.ix_(rows, rows)].mean(axis=0), self._centred_gram(rows), off
-        z = self.z[rows]
-        mean = z.mean(axis=0)
-        return mean, z.T @ z - len(z) * np.outer(mean, mean), z.T @ off
+    def _whole(self, rows: np.ndarray, products: np.ndarray | None = None) -> Whole:
+        """Of `rows`, whose `Z'Z` may be known; kept for those asked last, since a fit asks for the same three times."""
+        key = rows.tobytes()
+        if self._kept is None or self._kept[0] != key:
+            z = self.z[rows]
+            products = z.T @ z if products is None else products
+            mean = z.mean(axis=0)
+            values, vectors = np.linalg.eigh(products - len(rows) * np.outer(mean, mean))
+            self._kept = key, Whole(mean, np.maximum(values, 0.0), vectors)
+        return self._kept[1]
 
     def _centred_gram(self, rows: np.ndarray) -> np.ndarray:
         inside = self.gram[np.ix_(rows, rows)]
@@ -150,8 +177,15 @@ class Ridge:
         return inside - side - side[:, None] + side.mean()
 
 
+def _penalised(matrix: np.ndarray, price: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return matrix @ weight + price * weight
+
+
 def conjugate_gradients(
-    apply: Callable[[np.ndarray], np.ndarray], nearly_solve: Callable[[np.ndarray], np.ndarray], right: np.ndarray
+    apply: Callable[[np.ndarray], np.ndarray],
+    nearly_solve: Callable[[np.ndarray], np.ndarray],
+    right: np.ndarray,
+    close: float,
 ) -> np.ndarray:
     """Solves `apply(w) = right` for positive definite systems, one along the first axis for each place of the others.
 
@@ -159,11 +193,12 @@ def conjugate_gradients(
         apply: `[F, ...]` to `[F, ...]`.
         nearly_solve: about its inverse, positive definite too.
         right: `[F, ...]`.
+        close: it ends where every residual is below this share of its right side.
 
-    Source: Hestenes and Stiefel 1952, preconditioned; ends where every residual is below 1e-7 of its right side.
+    Source: Hestenes and Stiefel 1952, preconditioned.
     """
     found, left = np.zeros_like(right), right.copy()
-    enough = CLOSE_ENOUGH * np.linalg.norm(right, axis=0)
+    enough = close * np.linalg.norm(right, axis=0)
     step = nearly_solve(left)
     slope = (left * step).sum(axis=0)
     for _ in range(MOST_ROUNDS):

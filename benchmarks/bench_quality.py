@@ -1,4 +1,4 @@
-"""Rewards beside people's judgements: figure C1.
+"""Rewards beside people's judgements, figure C1, and the reward model on the starter corpus, C2 to C6.
 
     python benchmarks/bench_quality.py --data DIR [--backbone encoder|lm|ngram] --json out.json [--no-install]
         [--only SETS] [--model FOLDER] [--cache FOLDER]
@@ -7,6 +7,8 @@ DIR holds JSONL files (`bench_sets.py` says which rows). What a frozen backbone 
 people's judgements in folds grouped by prompt, alone and stacked with counts of words, beside those counts, the length
 of the reply, and chance. `benchmarks/README.md` says how. What was read is kept, a quarter of a gigabyte, outside DIR
 and the project.
+
+`--only starter` measures C2 to C6 alone (`bench_manifold.py`), any other `--only` leaves them out.
 """
 
 import argparse
@@ -26,6 +28,7 @@ LOCK = ROOT / "requirements-encoder.lock"
 sys.path[:0] = [str(path) for path in (ROOT / "src", HERE) if str(path) not in sys.path]
 
 import hominem_mlx  # noqa: E402, F401, I001  before mlx, so that it can take OpenBLAS
+import bench_manifold  # noqa: E402
 import numpy as np  # noqa: E402
 from bench_counts import Counted, length_rows  # noqa: E402
 from bench_folds import FOLDS, Dense, left_out, stack  # noqa: E402
@@ -58,6 +61,7 @@ COUNT_PENALTIES = (0.5, 2.0, 8.0)
 LENGTH_PENALTIES = (1e-3,)
 SHARD = 512  # texts a file of what was read: what a kill may cost
 SEED, RESAMPLES = 0, 1000
+STARTER = "starter"  # what `--only` calls C2 to C6
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -426,14 +430,16 @@ def main() -> int:
     arguments = parser.parse_args()
     cache = arguments.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hominem_mlx"
     only = [name for name in arguments.only.split(",") if name]
+    others = [name for name in only if name != STARTER]
     try:
-        sets = read_sets(arguments.data, only)
+        sets = read_sets(arguments.data, others) if others or not only else []
     except HominemError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     if arguments.backbone == "encoder" and arguments.model is None and not arguments.no_install:
         install()
-    report = run(sets, arguments.backbone, arguments.model, cache / "quality", arguments.json)
+    starter = not only or STARTER in only
+    report = run(sets, arguments.backbone, arguments.model, cache / "quality", arguments.json, starter=starter)
     print(markdown(report))
     return 0
 
@@ -464,7 +470,9 @@ def open_backbone(kind: str, model: str | None) -> tuple[Backbone | None, str]:
     return Backbone(reader, layer_numbers(DEPTHS, reader.num_layers), POOLINGS), ""
 
 
-def run(sets: Sequence[JudgedSet], kind: str, model: str | None, cache: Path, path: Path) -> dict[str, Any]:
+def run(
+    sets: Sequence[JudgedSet], kind: str, model: str | None, cache: Path, path: Path, *, starter: bool = False
+) -> dict[str, Any]:
     """Measure every set; after each write everything that is known by then. Returns: the report as written."""
     began = time.perf_counter()
     backbone, reason = open_backbone(kind, model)
@@ -479,6 +487,12 @@ def run(sets: Sequence[JudgedSet], kind: str, model: str | None, cache: Path, pa
         rest = time.perf_counter() - began - read_now
         report["figures"] = make_figures(report["sets"], read_seconds, rest, reason)
         report["minutes"] = {"reading": read_seconds / 60, "reading_now": read_now / 60, "all_else": rest / 60}
+        write_json(path, report)
+    if starter:
+        print(f"{(time.perf_counter() - began) / 60:.1f} min: the starter corpus", file=sys.stderr)
+        measured = bench_manifold.measure(kind, model, home_folder(), reason)
+        report["figures"] = report.get("figures", {}) | measured.pop("figures")
+        report["starter"] = measured
         write_json(path, report)
     return report
 

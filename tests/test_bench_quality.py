@@ -16,6 +16,7 @@ from hominem_mlx.reward.ridge import Ridge
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_folds
+import bench_manifold
 import bench_quality
 from bench_counts import Counted, length_rows
 from bench_folds import Dense, left_out, stack
@@ -408,3 +409,51 @@ def test_wrong_rows_end_the_run_before_anything_is_read(tmp_path, monkeypatch, c
     assert bench_quality.main() == 2
     assert "two.jsonl:41: prompt = 1: must be a text" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+def account_of(certain: int) -> dict:
+    """What `cross_validate` says of a reward model, as far as C2 to C5 ask."""
+    outputs = dict.fromkeys([f"dimension {k}" for k in range(7)] + ["reward_intensity", "safety_score"], 0.02)
+    return {
+        "backbone": "lm",
+        "rows": 100,
+        "prompts": 20,
+        "contrasts": {"share": 0.7, "low": 0.6, "high": 0.8, "n": 130},
+        "baseline_contrasts": {"share": 0.4, "low": 0.3, "high": 0.5, "n": 130},
+        "residual": {"mean": 0.4, "baseline_mean": 0.2, "certain": certain},
+        "participation_ratio": 3.6,
+        "label_participation_ratio": 4.0,
+        "calibration": {
+            "error": 0.03,
+            "worst": 0.05,
+            "outputs": outputs,
+            "coverage": {"0.5": 0.52, "0.8": 0.7, "0.9": 0.9},
+        },
+    }
+
+
+def test_the_manifold_on_the_starter_corpus_beside_its_goals():
+    found = bench_manifold.from_account(account_of(certain=6))
+    assert {name: (entry["value"], entry["holds"]) for name, entry in found.items()} == {
+        "C2": (0.7, True),
+        "C3": (0.9, True),
+        "C4": (6, True),
+        "C5": (0.03, True),
+        "C5_50": (0.52, True),
+        "C5_80": (0.7, False),
+        "C5_90": (0.9, True),
+    }
+    assert found["C4"]["n"] == 7 and found["C2"]["spread"] == [0.6, 0.8] and found["C2"]["n"] == 130
+
+
+def test_independent_predictions_count_only_where_they_are_about_something():
+    found = bench_manifold.from_account(account_of(certain=4))
+    assert not found["C4"]["holds"] and found["C3"]["value"] is None and "C4" in found["C3"]["how"]
+
+
+def test_the_starter_corpus_without_an_encoder_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr("hominem_mlx.reward.model.find_encoder", lambda home: None)
+    report = bench_quality.run([], "encoder", None, tmp_path, tmp_path / "out.json", starter=True)
+    assert set(report["figures"]) == set(bench_manifold.NAMES)
+    assert all(entry["value"] is None and "is not here" in entry["how"] for entry in report["figures"].values())
+    assert "C6" in bench_quality.markdown(report)

@@ -112,9 +112,16 @@ def fit_audit(
     if config.reward.backbone != "ngram":
         return fit_baseline(labels, config)
     place = home or home_folder()
-    backbone = open_backbone("encoder" if find_encoder(place) else "lm", config, place, lm)
+    return fit_judge(labels, config, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
+
+
+def fit_judge(
+    labels: Sequence[Label], config: Config, *, kind: str, home: Path, lm: LanguageModel | None = None
+) -> RewardModel:
+    """A reward model of these rows that reads with an `encoder` or `lm`, without uncertainty, kept nowhere."""
+    backbone = open_backbone(kind, config, home, lm)
     assert backbone is not None
-    return _fit(labels, backbone.read_cached(_pairs(labels), place), backbone, config, members=0)
+    return _fit(labels, backbone.read_cached(_pairs(labels), home), backbone, config, members=0)
 
 
 def preview(model: RewardModel, labels: Sequence[Label], n: int, seed: int = 0) -> list[dict]:

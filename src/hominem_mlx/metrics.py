@@ -291,6 +291,40 @@ def conformal_width(errors: np.ndarray, level: float) -> float:
     return float(sizes[place - 1]) if 0 < place <= len(sizes) else float("inf")
 
 
+def rdm_drift(before: np.ndarray, now: np.ndarray) -> float:
+    """How far two views of the same `[P, D]` probes differ in what they hold to be alike, in [0, 1].
+
+    1 minus the rank correlation of both views' dissimilarities (1 - cosine of rows, centred over probes), not below 0.
+    Turning or scaling a view changes nothing; the two may differ in `D`. NaN with fewer than 20 probes or without
+    spread. Source: representational similarity analysis, Kriegeskorte et al. 2008; `science.md` 1.4.
+    """
+    if len(before) != len(now):
+        raise ValueError(f"both views must be of the same probes, got {len(before)} and {len(now)}")
+    if len(before) < 20:
+        return float("nan")
+    first, second = _dissimilarities(before), _dissimilarities(now)
+    return float(np.clip(1 - spearman(first, second), 0.0, 1.0))
+
+
+def _dissimilarities(values: np.ndarray) -> np.ndarray:
+    rows = np.asarray(values, float) - np.mean(values, axis=0)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return 1 - (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+
+
+def variance_between(values: np.ndarray) -> float:
+    """Variance between the rows of `[P, J]` repeated measurements, without what their own noise adds, >= 0.
+
+    Variance of the row means minus the mean variance within rows over J (one-way analysis of variance, random rows).
+    NaN with fewer than two rows or measurements.
+    """
+    values = np.asarray(values, float)
+    if min(values.shape) < 2:
+        return float("nan")
+    within = values.var(axis=1, ddof=1).mean() / values.shape[1]
+    return max(0.0, float(values.mean(axis=1).var(ddof=1) - within))
+
+
 def distinct2(texts: Sequence[Sequence[Hashable]]) -> float:
     """Different neighbouring pairs over all such pairs, in texts of words or of tokens.
 

@@ -325,6 +325,18 @@ def variance_between(values: np.ndarray) -> float:
     return max(0.0, float(values.mean(axis=1).var(ddof=1) - within))
 
 
+def curvature_growth(now: float, before: float) -> float:
+    """How much more the curvature varies than it did, in [0, 1]: 0 where it does not, 1 at 16 times the variance.
+
+    `clip01(log2((now + e) / (before + e)) / 4)` of two variances, e a hundredth of `before`; NaN where that is 0.
+    Source: `science.md` 1.5.
+    """
+    if not before > 0 or math.isnan(now):
+        return float("nan")
+    slack = before / 100
+    return float(np.clip(math.log2((now + slack) / (before + slack)) / 4, 0.0, 1.0))
+
+
 def distinct2(texts: Sequence[Sequence[Hashable]]) -> float:
     """Different neighbouring pairs over all such pairs, in texts of words or of tokens.
 

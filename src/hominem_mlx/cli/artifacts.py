@@ -132,6 +132,8 @@ def use(session: Session, artifact: str, note: str) -> None:
 
     An adapter becomes current for the base it was trained on. A version pinned in hominem.toml is set to `current`. A
     model that `train full` made becomes the base: student.base in hominem.toml.
+
+    One that an examination has refused is used all the same; the reasons are said.
     """
     registry = session.registry
     is_adapter = "/" not in artifact and _is_adapter(registry, artifact)
@@ -139,6 +141,15 @@ def use(session: Session, artifact: str, note: str) -> None:
     pointer = pointer_of(found)
     registry.use(found, pointer=pointer, note=note)
     session.console.say(f"{found.ref} is in use{'' if pointer == 'default' else f' for {pointer}'}.")
+    if reasons := registry.refused(found):
+        session.console.say(
+            "\n".join(
+                [
+                    f"It was examined and refused; `hominem artifacts rollback {found.kind}` goes back:",
+                    *(f"  {reason}" for reason in reasons),
+                ]
+            )
+        )
     _unpin(session, found.kind)
     if found.kind == "full":
         _make_base(session, found.ref)

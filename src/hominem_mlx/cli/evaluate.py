@@ -1,5 +1,6 @@
 """`hominem evaluate`: is the reward model any good, is the adapter better than its base, what do both say?"""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from hominem_mlx.cli.session import InOrder, Session, shares
 
 if TYPE_CHECKING:
     from hominem_mlx.cli.console import Console
+    from hominem_mlx.reward.acceptance import Check
     from hominem_mlx.storage.registry import Artifact
 
 ADAPTER = click.option("--adapter", metavar="NAME", help="A version or a tag; else the newest adapter of this base.")
@@ -23,35 +25,56 @@ def evaluate() -> None:
 @click.option(
     "--rows", type=click.IntRange(0), default=5, show_default=True, help="Rows to show, predicted beside labelled."
 )
+@click.option("--against", metavar="NAME", help="Another reward model to compare it with: current, a version or a tag.")
 @shares()
-def reward(session: Session, rows: int) -> None:
+def reward(session: Session, rows: int, against: str | None) -> None:
     """Measure the reward model on held-out labels, beside n-grams, and show some predictions to look at.
 
-    Exit code 1 when a gate does not pass.
+    Every check of acceptance is shown beside its goal: no dimension lost in another, none that speaks for all, little
+    moved by edits that mean nothing, little lost on categories of prompts that were never seen. With --against also
+    what it has gained over a predecessor, on the same rows. Exit code 1 when a check refuses it, which says more than
+    that a goal was not reached. The model in use is examined, or another one with student.reward_model=VERSION.
     """
     from hominem_mlx.data import dataset
     from hominem_mlx.errors import InputError, NotGoodEnough
     from hominem_mlx.evaluation.suite import Suite
+    from hominem_mlx.reward import acceptance, categories, successor
     from hominem_mlx.reward import train as recipe
-    from hominem_mlx.reward.acceptance import held_out, refusals
+    from hominem_mlx.reward.features import Backbone
 
     model, seed = session.reward_model(), session.config.reward.seed
+    examined = session.reward_artifact()
+    assert examined is not None  # or there would be no model
     suite = session.current("suite", "hominem data split")
     labels = Suite.read(suite.folder).labels
     if len({label.prompt_id for label in labels}) < 2:
         raise InputError(f"{suite.ref} holds labels of fewer than two prompts; label more prompts, then data split")
     learnt = session.current("dataset", "hominem data split", pointer="labels")
     baseline = recipe.fit_baseline(dataset.read_labels(learnt, "train"), session.config)
-    account = held_out(model, baseline, labels, seed=seed)
-    reasons, shown = refusals(account), recipe.preview(model, labels, rows, seed)
-    session.console.result({"held_out": account, "reasons": reasons, "preview": shown})
+    account = acceptance.held_out(model, baseline, labels, seed=seed)
+    if against is not None:
+        before = session.registry.get("reward_model", against.removeprefix("reward_model/"))
+        account["against"] = successor.against(model, before, labels, seed=seed, curvature=True)
+    known = [*dataset.read_labels(learnt, "train"), *dataset.read_labels(learnt, "valid")]
+    backbone = model.features if isinstance(model.features, Backbone) else None
+    with session.console.progress() as report:
+        pairs = [(row.prompt, row.response) for row in known]
+        features = None if backbone is None else backbone.read_cached(pairs, session.home, report)
+        account["categories"] = categories.carried_over(known, features, backbone, session.config, report)
+    found, shown = acceptance.checks(account), recipe.preview(model, labels, rows, seed)
+    reasons = acceptance.refusals(found)
+    session.registry.examined(examined, reasons, by="evaluate reward")
+    session.console.result(
+        {"held_out": account, "acceptance": acceptance.as_rows(found), "reasons": reasons, "preview": shown}
+    )
     show_account(session.console, account)
+    show_checks(session.console, found)
     for row in shown:
         session.console.say(f"\n{row['id']}  {row['prompt']}\n  {row['response']}")
         numbers = [[name, row["labelled"][name], value] for name, value in row["predicted"].items()]
         session.console.table(["", "labelled", "predicted"], numbers)
     if reasons:
-        raise NotGoodEnough("\n".join(reasons))
+        raise NotGoodEnough("\n".join([f"{examined.ref} is refused:", *reasons]))
 
 
 @evaluate.command()
@@ -185,6 +208,15 @@ def show_account(console: "Console", account: dict[str, Any]) -> None:
         rows.append(["calibration error", calibrated["error"], None, f"worst {_shown(calibrated['worst'])}; {told}"])
     console.say()
     console.table(["overall", "model", "n-grams", ""], rows)
+
+
+def show_checks(console: "Console", found: "Sequence[Check]") -> None:
+    """Each check of a reward model beside its goal."""
+    console.say()
+    console.table(
+        ["", "check", "value", "goal", "what"],
+        [[check.verdict, check.check, check.value, check.shown_goal, check.what] for check in found],
+    )
 
 
 def _shown(value: float | None) -> str:

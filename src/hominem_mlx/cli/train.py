@@ -34,29 +34,51 @@ def train() -> None:
 @train.command()
 @shares()
 def reward(session: Session) -> None:
-    """Train the reward model on the labels dataset; it becomes current when its gates pass.
+    """Train the reward model on the labels dataset; it becomes current unless a check refuses it.
 
-    Prints what it is worth out of fold beside n-grams on the same folds. Exit code 1 when it is not good enough: it is
-    kept, but not in use.
+    Prints what it is worth out of fold beside n-grams on the same folds, and every check beside its goal. Where a
+    reward model is in use already, the new one must not be clearly worse on the held-out labels. Exit code 1 when it is
+    refused: it is kept, but not in use.
     """
-    from hominem_mlx.cli.evaluate import show_account
+    from hominem_mlx.cli.evaluate import show_account, show_checks
     from hominem_mlx.errors import NotGoodEnough
+    from hominem_mlx.reward import acceptance
     from hominem_mlx.reward import train as recipe
-    from hominem_mlx.reward.acceptance import refusals
 
     labels = session.current("dataset", "hominem data split", pointer="labels")
     with session.console.progress() as report:
         made = recipe.train(session.registry, labels, session.config, progress=report)
-    account, notes = made.metadata["metrics"], made.metadata["notes"]
-    reasons = refusals(account)
+    account, notes = {**made.metadata["metrics"], "against": _against(session, made)}, made.metadata["notes"]
+    found = acceptance.checks(account)
+    reasons = acceptance.refusals(found)
+    session.registry.examined(made, reasons, by="train reward")
     if not reasons:
         session.registry.use(made)
-    session.console.result({"artifact": made.ref, "in_use": not reasons, "reasons": reasons, **account})
+    checked = {"acceptance": acceptance.as_rows(found), "reasons": reasons}
+    session.console.result({"artifact": made.ref, "in_use": not reasons, **checked, **account})
     show_account(session.console, account)
+    show_checks(session.console, found)
     session.console.say(f"Reads {notes['backbone']['name']}: {notes['why']}.")
     if reasons:
         raise NotGoodEnough("\n".join([f"{made.ref} is kept but not used:", *reasons]))
     session.console.say(f"{made.ref} is in use. Next: hominem data pair")
+
+
+def _against(session: Session, made: "Artifact") -> dict[str, Any] | None:
+    """What a fresh reward model has gained over the one in use, on held-out labels; None where there is neither."""
+    from hominem_mlx.errors import HominemError
+    from hominem_mlx.evaluation.suite import Suite
+    from hominem_mlx.reward import successor
+    from hominem_mlx.reward.model import RewardModel
+
+    before, suite = session.registry.current("reward_model"), session.registry.current("suite")
+    if before is None or before.ref == made.ref or suite is None:
+        return None
+    try:
+        return successor.against(RewardModel.load(made.folder), before, Suite.read(suite.folder).labels)
+    except HominemError as error:  # another manifold, a backbone that is gone, too few held-out labels
+        session.console.note(f"It cannot be compared with {before.ref}, which is in use: {error}")
+        return None
 
 
 @train.command()

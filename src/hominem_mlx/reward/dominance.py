@@ -12,7 +12,7 @@ LARGEST = 0.35  # share of the scalar's variance that one of seven equal dimensi
 RATIO = LARGEST / (1 - LARGEST) * 6  # the same, as its variance over the mean of the six others: 3.23
 
 
-def dominance(predicted: np.ndarray, weights: Sequence[float] | np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+def dominance(predicted: np.ndarray, weights: Sequence[float], names: Sequence[str]) -> dict[str, Any]:
     """How evenly the dimensions make up the scalar `R`, their weighted mean.
 
     Args:
@@ -28,15 +28,15 @@ def dominance(predicted: np.ndarray, weights: Sequence[float] | np.ndarray, name
         where nothing varies or nothing is left to ask.
     Source: `science.md` 2.10.
     """
-    predicted, weights = np.asarray(predicted, float), np.asarray(weights, float) / np.sum(weights)
-    scalar = predicted @ weights
-    parts = weights**2 * predicted.var(axis=0)
-    shares = parts / parts.sum() if parts.sum() > 0 else np.full(len(weights), math.nan)
-    bounds, asked = allowed(weights), ~declared(weights)
-    without = np.array([metrics.spearman(scalar, scalar - w * r) for w, r in zip(weights, predicted.T, strict=True)])
+    w = np.array(weights, float) / np.sum(weights)
+    scalar = predicted @ w
+    parts = w**2 * predicted.var(axis=0)
+    shares = parts / parts.sum() if parts.sum() > 0 else np.full(len(w), math.nan)
+    bounds, asked = allowed(w), ~declared(w)
+    without = np.array([metrics.spearman(scalar, scalar - part) for part in (w * predicted).T])
     follows = np.array([metrics.pearson(scalar, r) for r in predicted.T])
     follows -= np.nanmedian(follows) if not np.isnan(follows).all() else 0.0
-    share, share_of = _farthest(shares / bounds, np.ones(len(weights), bool), names)
+    share, share_of = _farthest(shares / bounds, np.ones(len(w), bool), names)
     value, without_of = _farthest(-without, asked, names)
     excess, follows_of = _farthest(follows, asked, names)
     at = names.index(share_of) if share_of else 0

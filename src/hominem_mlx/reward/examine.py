@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from hominem_mlx import metrics
+from hominem_mlx.reward.dominance import dominance
 from hominem_mlx.reward.head import EXTRA
-from hominem_mlx.schema import MANIFOLD, Manifold
+from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput
 
 CERTAIN = 0.01  # chance below which a dimension counts as found
 Edit = tuple[int, int, int]  # row of a contrast edit, row of the reply it was made from, index of what it lowers
@@ -38,7 +39,8 @@ def compare(
 
     Returns: flat measures of the model and, as `baseline_...`, of the baseline (see `measure`); the paired differences
     `pair_accuracy_difference` (figure A5) and `close_pair_accuracy_difference`, each `{"mean", "low", "high"}`, 95 % by
-    bootstrap over prompts; `residual` holds what figure A9 asks. Rounded to 6 digits; None where nothing can be said.
+    bootstrap over prompts; `residual` holds what figure A9 asks; `dominance` (see there) and `whole`, how many rows
+    have a label in every dimension. Rounded to 6 digits; None where nothing can be said.
     """
     mine = measure(predicted, labels, scalar, groups, seed=seed, manifold=manifold)
     theirs = measure(baseline, labels, scalar, groups, seed=seed, manifold=manifold)
@@ -50,12 +52,15 @@ def compare(
     account["residual"] = {prefix + key: value for prefix, found in residuals.items() for key, value in found.items()}
     account |= mine | {f"baseline_{key}": value for key, value in theirs.items()}
     for name, low, high in (("pair_accuracy", CLEAR, math.inf), ("close_pair_accuracy", CLOSE, CLEAR)):
-        a, owners = metrics.pair_outcomes(_scalar(predicted, manifold), scalar, groups, low=low, high=high)
-        b, _ = metrics.pair_outcomes(_scalar(baseline, manifold), scalar, groups, low=low, high=high)
+        a, owners = metrics.pair_outcomes(scalars(predicted, manifold), scalar, groups, low=low, high=high)
+        b, _ = metrics.pair_outcomes(scalars(baseline, manifold), scalar, groups, low=low, high=high)
         account[f"{name}_difference"] = metrics.paired_bootstrap(a, b, owners, seed=seed)._asdict()
+    account["whole"] = int((~np.isnan(labels[:, : len(manifold.names)]).any(axis=1)).sum())
+    weights = [dimension.weight for dimension in manifold.dimensions]
+    account["dominance"] = dominance(predicted[:, : len(weights)], weights, manifold.names)
     account["contrasts"] = contrasts(predicted, edits, groups, seed=seed, manifold=manifold)
     account["baseline_contrasts"] = contrasts(baseline, edits, groups, seed=seed, manifold=manifold)
-    return _plain(account)
+    return in_json(account)
 
 
 def contrasts(
@@ -116,7 +121,7 @@ def measure(
             outputs[name]["residual_pearson"] = residual[index]
             outputs[name]["residual_p"] = p_values[index]
             outputs[name]["spread"] = float(np.nanstd(p) / np.nanstd(y)) if np.nanstd(y) > 0 else math.nan
-    overall = _scalar(predicted, manifold)
+    overall = scalars(predicted, manifold)
     clear, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLEAR)
     close, _ = metrics.pair_outcomes(overall, scalar, groups, low=CLOSE, high=CLEAR)
     return {
@@ -166,10 +171,25 @@ def calibration(
     covered = {
         str(level): metrics.coverage(off, width[:, :size]) for level, width in zip(LEVELS, promised, strict=True)
     }
-    return _plain({"error": float(np.mean(own)), "worst": max(own), "outputs": errors, "coverage": covered})
+    return in_json({"error": float(np.mean(own)), "worst": max(own), "outputs": errors, "coverage": covered})
 
 
-def _scalar(values: np.ndarray, manifold: Manifold) -> np.ndarray:
+def hidden_norm(features: np.ndarray, scalar: np.ndarray) -> float:
+    """Correlation of the scalars `[N]` with the length of the features `[N, F]` they were read from.
+
+    A head that rewards length of hidden states rewards what a policy can raise without saying anything better.
+    Source: `science.md` 2.10 (arXiv 2505.07271).
+    """
+    return metrics.pearson(np.linalg.norm(np.asarray(features, float), axis=1), scalar)
+
+
+def unclipped(said: Sequence[RewardOutput]) -> np.ndarray:
+    """What a reward model says before clipping, `[N, K + 2]`."""
+    return np.array([list(output.unclipped.values()) for output in said], float)
+
+
+def scalars(values: np.ndarray, manifold: Manifold) -> np.ndarray:
+    """The weighted mean `[N]` of the dimensions in `[N, K ...]`, unclipped."""
     weights = np.array([dimension.weight for dimension in manifold.dimensions])
     return values[:, : len(weights)] @ weights / weights.sum()
 
@@ -197,10 +217,10 @@ def _ratio(values: np.ndarray) -> float:
     return metrics.participation_ratio(metrics.correlation_matrix(rows))
 
 
-def _plain(value):
+def in_json(value):
     """Rounded floats, None for NaN: what JSON can hold."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: in_json(item) for key, item in value.items()}
     if isinstance(value, float):
         return None if math.isnan(value) else round(float(value), 6)
     return value

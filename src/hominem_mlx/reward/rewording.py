@@ -9,7 +9,8 @@ from random import Random
 
 FILLERS = ("Well, ", "So, ", "Okay, ", "Hm, ", "Right, ")
 SHORT = {
-    "I am": "I'm", "you are": "you're", "we are": "we're", "they are": "they're", "I have": "I've", "you have": "you've",
+    "I am": "I'm", "you are": "you're", "we are": "we're", "they are": "they're", "I have": "I've",
+    "you have": "you've",
     "do not": "don't", "does not": "doesn't", "did not": "didn't", "is not": "isn't", "are not": "aren't",
     "cannot": "can't", "could not": "couldn't", "would not": "wouldn't", "should not": "shouldn't",
     "have not": "haven't", "has not": "hasn't", "was not": "wasn't", "will not": "won't",

@@ -42,7 +42,8 @@ def under_edits(
         (both replies edited, label margin from 0.3) whose order turned round; `kinds`, the median by kind.
     Source: `science.md` 2.10; reWordBench (arXiv 2503.11751), CheckList (arXiv 2005.04118).
     """
-    rows, kinds, edited, rounds = [], [], [], []
+    rows: list[int] = []
+    kinds, edited, rounds = [], [], []
     names, owner = np.unique(groups, return_inverse=True)
     order = np.random.default_rng([seed, 3]).permutation(len(names))
     for turn in range(len(EDITS)):
@@ -124,8 +125,8 @@ def steadiness(values: np.ndarray, lengths: np.ndarray, *, step: float = NOISE) 
         lengths: Euclidean length `[P]` of the noise at h.
         step: h.
 
-    Returns: `ratio` of the mean change at 2h to that at h (2 where the reward is smooth); `lipschitz`, the 95 % quantile
-        of |change| per length at h; `curvature`, the mean over probes of `(f(+h) - 2 f + f(-h)) / h^2`, an estimate of
+    Returns: `ratio` of the mean change at 2h to that at h (2 where it is smooth); `lipschitz`, the 95 % quantile of
+        |change| per length at h; `curvature`, the mean over probes of `(f(+h) - 2 f + f(-h)) / h^2`, an estimate of
         the trace of the second derivative in units of each token's length; `curvature_variance` between probes,
         directions' own noise taken off; `is_steady`, whether twice the step changes the median |curvature| by less than
         a fifth, without which neither curvature means much.

@@ -14,7 +14,17 @@ from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
 from hominem_mlx.reward import head as heads
-from hominem_mlx.reward.examine import CLEAR, LEVELS, Edit, calibration, compare, widths
+from hominem_mlx.reward.examine import (
+    CLEAR,
+    LEVELS,
+    Edit,
+    calibration,
+    compare,
+    hidden_norm,
+    in_json,
+    scalars,
+    widths,
+)
 from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader
@@ -92,6 +102,40 @@ def cross_validate(
     backbone = open_backbone(kind, config, home, lm)
     features = None if backbone is None else backbone.read_cached(_pairs(labels), home, progress)
     return _account(labels, features, kind, config, progress)
+
+
+def left_out(
+    labels: Sequence[Label],
+    parts: np.ndarray,
+    features: np.ndarray | None,
+    backbone: Backbone | None,
+    config: Config,
+    *,
+    stage: str = "folds",
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """What is said of each row by a model that never saw its part, `[N, K + 2]`, unclipped.
+
+    Args:
+        labels: rows `[N]` that may be learnt from.
+        parts: `[N]`, any names; each part is left out in turn.
+        features, backbone: `[N, F]` and what made them; None for n-grams, whose vocabulary is fitted anew each time.
+        config: its `reward` table.
+        stage, progress: called with `{"stage", "done", "total"}`.
+    """
+    found, names = np.zeros((len(labels), len(MANIFOLD.names) + len(EXTRA))), np.unique(parts)
+    for done, part in enumerate(names, 1):
+        inside, outside = np.flatnonzero(parts != part).tolist(), np.flatnonzero(parts == part).tolist()
+        ours = None if features is None else features[inside]
+        model = _fit([labels[index] for index in inside], ours, backbone, config, members=0)
+        if features is None:
+            theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
+        else:
+            theirs = features[outside]
+        found[outside] = model.predict(theirs)[0]
+        if progress:
+            progress({"stage": stage, "done": done, "total": len(names)})
+    return found
 
 
 def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
@@ -313,6 +357,8 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
         predicted, baseline, values, overall(labels), groups, edits=edits(labels), seed=config.reward.seed
     )
     account["calibration"] = calibration(predicted, values, promised)
+    if features is not None:
+        account["hidden_norm"] = in_json(hidden_norm(features, scalars(predicted, MANIFOLD)))
     return {"backbone": kind, "rows": len(labels), "prompts": len(set(groups)), "folds": number_of_folds, **account}
 
 

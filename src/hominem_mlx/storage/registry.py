@@ -234,11 +234,24 @@ class Registry:
             row = {"at": _now(), "action": action, "ref": ref, **{k: v for k, v in details.items() if v}}
             append_jsonl(self.home / "audit.jsonl", [row])
 
+    def examined(self, artifact: Artifact, reasons: Sequence[str], *, by: str) -> None:
+        """Note that `by` (a command) has examined an artifact, and why it refused it; no reason: it did not."""
+        self.audit("examine", artifact.ref, by=by, refused=list(reasons))
+
+    def refused(self, artifact: Artifact) -> list[str]:
+        """Why an artifact should not be used, by the last word of each command that examined it."""
+        last = {row.get("by"): row.get("refused", []) for row in self._audited(artifact.ref, "examine")}
+        return list(dict.fromkeys(reason for reasons in last.values() for reason in reasons))
+
     def _last_audit(self, ref: str) -> str | None:
+        actions = [row.get("action") for row in self._audited(ref)]
+        return actions[-1] if actions else None
+
+    def _audited(self, ref: str, action: str | None = None) -> list[dict]:
         path = self.home / "audit.jsonl"
         rows = read_objects(path, torn_tail=True)[0] if path.exists() else []
-        actions = [row.get("action") for _, row in rows if isinstance(row, dict) and row.get("ref") == ref]
-        return actions[-1] if actions else None
+        ours = [row for _, row in rows if isinstance(row, dict) and row.get("ref") == ref]
+        return [row for row in ours if action in (None, row.get("action"))]
 
     # --- reading ---------------------------------------------------------------------------------------------------
 

@@ -84,6 +84,7 @@ def test_the_whole_line(rows, settings, home):
     held_out = value("evaluate", "reward", "--rows", 2, *SMALL)
     assert len(held_out["preview"]) == 2
     assert held_out["held_out"]["pairs"] > 0
+    assert not any(check["refuses"] for check in held_out["acceptance"] + learnt["acceptance"])
     scored = value("score", "-p", "I passed!", "-r", "You did it!")["scores"]
     probed = value("evaluate", "probe", "-p", "I passed!", "-r", "You did it!", "-r", "So?")
     assert probed["candidates"][0]["scalar"] == pytest.approx(scored[0]["scalar"])
@@ -154,7 +155,40 @@ def test_a_reward_model_that_fails_its_gates_is_kept_and_not_used(rows, home):
     assert "kept but not used" in done.output
     assert "independent directions" in done.output
     assert Registry(home).current("reward_model") is None
-    assert len(Registry(home).artifacts("reward_model")) == 1
+    [refused] = Registry(home).artifacts("reward_model")
+    used = good("artifacts", "use", refused.ref).output
+    assert "examined and refused" in used and "label_directions: " in used
+    assert Registry(home).current("reward_model").ref == refused.ref, "it is a person's to decide"
+    assert hominem("train", "reward", *SMALL).exit_code == 1
+    assert Registry(home).current("reward_model").ref == refused.ref
+
+
+def test_a_refreshed_reward_model_must_not_be_clearly_worse(rows, home):
+    good("data", "import", rows)
+    good("data", "split")
+    first = value("train", "reward", *SMALL)
+    assert "against" in first and first["against"] is None
+    examined = value("evaluate", "reward", *SMALL, "--rows", 0, "--against", "current")
+    assert examined["held_out"]["against"]["residual"]["mean"] == 0
+    checks = {check["check"]: check for check in examined["acceptance"]}
+    assert {"directions", "share", "edits_median", "category_residual", "against_residual"} <= checks.keys()
+    assert checks["noise_ratio"]["holds"] is None and checks["against_pair_accuracy"]["holds"] is True
+
+    told = [json.loads(line) for line in rows.read_text().splitlines()]
+    for row in told:
+        if "reward" in row and split_of(row["prompt_id"]) != "test":  # new labels say the reverse of the old ones
+            row["reward"] = {key: -number for key, number in row["reward"].items()} | {"reward_intensity": 0.5}
+            row["labeller"] = "human"
+    (home / "turned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    good("data", "import", home / "turned.jsonl")
+    good("data", "split")
+    second = hominem("train", "reward", *SMALL)
+    assert second.exit_code == 1, second.output
+    assert "against_pair_accuracy: " in second.output and first["artifact"] in second.output
+    assert Registry(home).current("reward_model").ref == first["artifact"]
+    newest = Registry(home).artifacts("reward_model")[-1]
+    again = hominem("evaluate", "reward", *SMALL, f"student.reward_model={newest.version}", "--against", "1")
+    assert again.exit_code == 1 and "REFUSED" in again.output
 
 
 def test_generating_and_sampling_with_the_recorded_teacher(settings, home, rows):

@@ -57,6 +57,7 @@ def demo(session: Session) -> None:
 def run(registry: "Registry", config: "Config", *, progress, note, began: float) -> dict[str, Any]:
     """Every step in order; returns what `--json` writes. Running it again gives the same artifacts back."""
     from hominem_mlx.data import dataset, preferences
+    from hominem_mlx.errors import NotGoodEnough
     from hominem_mlx.evaluation import report, suite
     from hominem_mlx.evaluation.goals import figure
     from hominem_mlx.files import lock, read_jsonl
@@ -64,6 +65,7 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
     from hominem_mlx.policy import dual
     from hominem_mlx.records import Label
     from hominem_mlx.reward import train as reward
+    from hominem_mlx.reward.acceptance import checks, refusals
     from hominem_mlx.reward.model import RewardModel
 
     home = registry.home
@@ -74,6 +76,8 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
         lm = backbone.load(config.student.base, revision=config.student.revision, home=home)
 
         model = reward.train(registry, parts["labels"], config, lm=lm, progress=progress)
+        if reasons := refusals(checks(model.metadata["metrics"])):
+            raise NotGoodEnough("\n".join([f"{model.ref} is kept but not used:", *reasons]))
         registry.use(model)
         judge = RewardModel.load(model.folder, lm=lm)
         note(f"The reward model reads with: {judge.card.backbone}. {model.metadata['notes']['why'].capitalize()}.")

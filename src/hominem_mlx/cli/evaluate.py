@@ -69,6 +69,9 @@ def reward(session: Session, rows: int, against: str | None) -> None:
     )
     show_account(session.console, account)
     show_checks(session.console, found)
+    if beside := account.get("against"):
+        drift, growth = _shown(beside["drift"]), _shown(beside["curvature_growth"])
+        session.console.say(f"Drift from {beside['name']}: {drift}; growth of the variance of its curvature: {growth}")
     for row in shown:
         session.console.say(f"\n{row['id']}  {row['prompt']}\n  {row['response']}")
         numbers = [[name, row["labelled"][name], value] for name, value in row["predicted"].items()]

@@ -108,7 +108,7 @@ def checks(account: dict[str, Any]) -> list[Check]:
             "dimensions found beside the mean of all (residual correlation, p < .01)",
             account["residual"]["certain"] if account["residual"]["p"] is not None else None,
             broken=whole,
-            at_least=math.ceil(5 / 7 * len(manifold)),
+            at_least=math.ceil(5 * len(manifold) / 7),
         ),
         _check(
             "contrasts",

@@ -60,6 +60,13 @@ def test_one_number_in_disguise_is_refused_by_name(labels):
     assert found["directions"].value < 0.5 and found["residual"].value < 5
 
 
+def test_too_few_dimensions_refuse_only_where_rows_are_many_or_none_is_found_at_all(labels):
+    found = account(good(labels), labels)
+    for whole, p, refuses in ((1000, 0.001, True), (999, 0.001, False), (999, 0.3, True), (299, 0.3, False)):
+        seen = by_name(checks(found | {"whole": whole, "residual": {"mean": 0.1, "p": p, "certain": 4}}))["residual"]
+        assert seen.holds is False and seen.refuses is refuses
+
+
 def test_a_dominated_scalar_is_refused_by_name(labels):
     ruled = good(labels)
     ruled[:, 3] *= 4

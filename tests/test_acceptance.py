@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 
 from hominem_mlx import metrics
+from hominem_mlx.cli import demo
+from hominem_mlx.config import load_config
+from hominem_mlx.data import home as homes
+from hominem_mlx.errors import NotGoodEnough
 from hominem_mlx.reward import categories, successor
 from hominem_mlx.reward import train as training
 from hominem_mlx.reward.acceptance import as_rows, checks, held_out, refusals
 from hominem_mlx.reward.examine import compare, hidden_norm
+from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.schema import MANIFOLD
 from test_reward_train import corpus, settings
 
@@ -257,8 +262,6 @@ def test_a_successor_is_read_beside_the_one_it_would_replace(registry, tiny):
             (draft.folder / "labels.train.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in ours))
             (draft.folder / "labels.valid.jsonl").write_text("")
         made.append(training.train(registry, draft.published, config, lm=lm))
-    from hominem_mlx.reward.model import RewardModel
-
     counted, read = made
     found = successor.against(RewardModel.load(read.folder, lm=lm), counted, rows[40:], curvature=True)
     assert found["name"] == counted.ref and found["pairs"] > 10 and found["curvature_growth"] is None
@@ -280,3 +283,13 @@ def test_what_each_examination_said_last_is_remembered(registry):
     assert registry.refused(made) == ["flat", "worse", "jumpy"]
     registry.examined(made, [], by="train reward")
     assert registry.refused(made) == ["flat", "jumpy"]
+
+
+def test_the_demo_uses_no_reward_model_that_was_refused(registry, share_of_starter, tiny_folder, monkeypatch):
+    share = share_of_starter(train=6, valid=2, test=2, memory=1, recall=1, fixtures=1)
+    monkeypatch.setattr(homes, "STARTER", share)
+    monkeypatch.setattr("hominem_mlx.reward.acceptance.refusals", lambda found: ["flat"] * (len(found) > 10))
+    config = load_config(overrides=[f"student.base={tiny_folder}", "reward.backbone=ngram", "reward.folds=2"])
+    with pytest.raises(NotGoodEnough, match="kept but not used:\nflat"):
+        demo.run(registry, config, progress=None, note=print, began=0.0)
+    assert registry.current("reward_model") is None and len(registry.artifacts("reward_model")) == 1

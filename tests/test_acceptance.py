@@ -40,6 +40,12 @@ def account(predicted, labels, *, baseline=None, edits=EDITS):
     return compare(predicted, worse, labels, labels[:, :K].mean(axis=1), GROUPS, edits=edits)
 
 
+@pytest.fixture(scope="module")
+def calm(labels):
+    """The account of a good model."""
+    return account(good(labels), labels)
+
+
 def by_name(found):
     return {check.check: check for check in found}
 
@@ -48,8 +54,8 @@ def good(labels, seed=1):
     return labels + 0.15 * np.random.default_rng(seed).normal(size=labels.shape)
 
 
-def test_a_good_model_passes_every_check(labels):
-    found = checks(account(good(labels), labels))
+def test_a_good_model_passes_every_check(calm):
+    found = checks(calm)
     assert [check.check for check in found if not check.holds] == [] and refusals(found) == []
     names = ("label_directions", "clear_pairs", "correlation", "ngrams", "directions", "spread", "residual")
     assert [check.check for check in found] == [*names, "contrasts", "share", "without_one", "follows_one"]
@@ -65,10 +71,9 @@ def test_one_number_in_disguise_is_refused_by_name(labels):
     assert found["directions"].value < 0.5 and found["residual"].value < 5
 
 
-def test_too_few_dimensions_refuse_only_where_rows_are_many_or_none_is_found_at_all(labels):
-    found = account(good(labels), labels)
+def test_too_few_dimensions_refuse_only_where_rows_are_many_or_none_is_found_at_all(calm):
     for whole, p, refuses in ((1000, 0.001, True), (999, 0.001, False), (999, 0.3, True), (299, 0.3, False)):
-        seen = by_name(checks(found | {"whole": whole, "residual": {"mean": 0.1, "p": p, "certain": 4}}))["residual"]
+        seen = by_name(checks(calm | {"whole": whole, "residual": {"mean": 0.1, "p": p, "certain": 4}}))["residual"]
         assert seen.holds is False and seen.refuses is refuses
 
 
@@ -133,8 +138,8 @@ def test_labels_of_one_impression_are_refused_however_few(labels):
 # --- steadiness -----------------------------------------------------------------------------------------------------
 
 
-def test_a_jumpy_model_is_refused_and_a_restless_one_warned_of(labels):
-    calm = account(good(labels), labels) | {"noise": {"ratio": 2.0}, "hidden_norm": -0.1}
+def test_a_jumpy_model_is_refused_and_a_restless_one_warned_of(calm):
+    calm = calm | {"noise": {"ratio": 2.0}, "hidden_norm": -0.1}
     moved = {"n": 200, "median": 0.05, "q95": 0.3, "flips": 0.01}
     assert all(check.holds for check in checks(calm | {"smoothness": moved}))
     restless = by_name(checks(calm | {"smoothness": moved | {"median": 0.27, "q95": 0.8}}))
@@ -175,7 +180,7 @@ def test_held_out_rows_are_judged_in_other_dress_too(tiny, home):
 # --- categories -----------------------------------------------------------------------------------------------------
 
 
-def test_the_largest_drop_is_found_where_it_is(labels):
+def test_the_largest_drop_is_found_where_it_is(labels, calm):
     names = np.array(["home", "work", "play", "rare"])[np.minimum(GROUPS // 42, 3)]
     unseen = good(labels)
     unseen[names == "work"] = np.random.default_rng(1).normal(size=(126, K + 2))
@@ -189,7 +194,7 @@ def test_the_largest_drop_is_found_where_it_is(labels):
     alone = metrics.residual_correlations(good(labels)[here, :K], labels[here, :K]).mean()
     assert work["residual"] == pytest.approx(alone, abs=1e-5)
     assert found["categories"]["rare"]["rows"] == 12 and found["categories"]["rare"]["residual"] is None
-    told = by_name(checks(account(good(labels), labels) | {"categories": found}))
+    told = by_name(checks(calm | {"categories": found}))
     assert told["category_residual"].verdict == "not reached" and "(work)" in told["category_residual"].what
 
 
@@ -220,7 +225,7 @@ def test_a_category_left_out_is_not_learnt_from():
 # --- a successor ----------------------------------------------------------------------------------------------------
 
 
-def test_paired_differences_by_hand(labels):
+def test_paired_differences_by_hand(labels, calm):
     scalar = labels[:, :K].mean(axis=1)
     same = successor.paired(good(labels), good(labels), labels, scalar, GROUPS)
     assert same["pair_accuracy"]["mean"] == same["residual"]["low"] == same["residual"]["high"] == same["drift"] == 0
@@ -236,10 +241,10 @@ def test_paired_differences_by_hand(labels):
         abs=1e-5,
     )
     assert found["residual"]["high"] < 0 and 0.1 < found["drift"] < 1
-    told = by_name(checks(account(good(labels), labels) | {"against": {"name": "reward_model/1", **found}}))
+    told = by_name(checks(calm | {"against": {"name": "reward_model/1", **found}}))
     assert told["against_residual"].refuses and "reward_model/1" in told["against_residual"].what
     back = successor.paired(good(labels), worse, labels, scalar, GROUPS)
-    assert refusals(checks(account(good(labels), labels) | {"against": {"name": "1", **back}})) == []
+    assert refusals(checks(calm | {"against": {"name": "1", **back}})) == []
 
 
 @pytest.mark.parametrize(
@@ -255,17 +260,17 @@ def test_curvature_growth_needs_a_reference():
 
 
 def test_a_successor_is_read_beside_the_one_it_would_replace(registry, tiny):
-    rows, lm = corpus(16), tiny()
+    rows, lm = corpus(12), tiny()
     made = []
-    for config, ours in ((settings("ngram"), rows[:40]), (settings("lm"), rows[:40])):
+    for config, ours in ((settings("ngram"), rows[:28]), (settings("lm"), rows[:28])):
         with registry.draft("dataset", seed=len(made)) as draft:
             (draft.folder / "labels.train.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in ours))
             (draft.folder / "labels.valid.jsonl").write_text("")
         made.append(training.train(registry, draft.published, config, lm=lm))
     counted, read = made
-    found = successor.against(RewardModel.load(read.folder, lm=lm), counted, rows[40:], curvature=True)
+    found = successor.against(RewardModel.load(read.folder, lm=lm), counted, rows[28:], curvature=True)
     assert found["name"] == counted.ref and found["pairs"] > 10 and found["curvature_growth"] is None
-    itself = successor.against(RewardModel.load(read.folder, lm=lm), read, rows[40:], curvature=True)
+    itself = successor.against(RewardModel.load(read.folder, lm=lm), read, rows[28:], curvature=True)
     assert itself["drift"] == 0 and itself["curvature_growth"] == 0
     assert set(found["residual"]) == {"now", "before", "mean", "low", "high"}
 

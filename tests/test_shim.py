@@ -349,7 +349,7 @@ def test_a_project_that_cannot_be_installed_costs_no_new_environment(made):
 
 
 def test_shell_files_parse():
-    for file in (ROOT / "bin/hominem", ROOT / "scripts/lock.sh", ROOT / ".ci/run"):
+    for file in (ROOT / "bin/hominem", ROOT / "scripts/lock.sh", ROOT / "scripts/plots.sh", ROOT / ".ci/run"):
         subprocess.run(["sh", "-n", file], check=True)
         assert os.access(file, os.X_OK), file
     if shutil.which("zsh"):
@@ -380,7 +380,7 @@ def pins(name: str) -> dict[str, str]:
 
 def test_locks_hold_hashes_and_no_address():
     names = [lock.name for lock in LOCKS]
-    for kind in ("", "-dev", "-cuda12", "-cuda13", "-encoder"):
+    for kind in ("", "-dev", "-cuda12", "-cuda13", "-encoder", "-umap"):
         assert f"requirements{kind}.lock" in names
     for lock in LOCKS:
         text = lock.read_text()
@@ -410,7 +410,7 @@ def test_no_file_says_where_packages_come_from_or_where_it_was_made():
         "|".join(["-".join(["index", "url"]), "find" + "-links", "trusted" + "-host", "/simple" + "/"])
         + rf"|(?<![\w.~/-]){re.escape(str(ROOT))}/"
     )
-    files = [path for path in project_files() if path.suffix != ".safetensors"]
+    files = [path for path in project_files() if path.suffix not in (".safetensors", ".png")]
     assert {ROOT / name for name in ("README.md", ".ci/run", "requirements.lock", "tests/test_shim.py")} <= set(files)
     assert [str(path) for path in files if told.search(path.read_text(encoding="utf-8"))] == []
 
@@ -419,6 +419,20 @@ def test_test_lock_agrees_with_the_lock_of_users():
     core, dev = pins("requirements.lock"), pins("requirements-dev.lock")
     assert core.items() <= dev.items()
     assert not {"torch", "mlx-cuda-12", "mlx-cuda-13"} & {*core, *dev}
+
+
+def test_lock_of_umap_fits_into_what_users_have():
+    """What both locks name has the same versions and hashes in both."""
+
+    def packages(name: str) -> set[str]:
+        pieces = re.split(r"^(?=[A-Za-z0-9])", (ROOT / name).read_text(), flags=re.MULTILINE)[1:]
+        return {re.sub(r"\n    # .*", "", piece, flags=re.DOTALL).strip() for piece in pieces}
+
+    users, umap = packages("requirements.lock"), packages("requirements-umap.lock")
+    names = {package.split("==")[0] for package in users}
+    assert {package for package in umap if package.split("==")[0] in names} <= users
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {re.match(r"[a-z-]+", line)[0] for line in extras["umap"]} <= pins("requirements-umap.lock").keys()
 
 
 def test_lock_of_users_holds_every_dependency_and_the_build_tools():

@@ -107,7 +107,8 @@ class RewardOutput(BaseModel):
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
     (>= 0, same unit; of scalar, intensity and safety too); `unclipped` the values before clipping; `width` half of the
     interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `flags` says
-    when a value deserves less trust: `empty_response`, `truncated`.
+    when a value deserves less trust: `empty_response`, `truncated`. `members` is what each bootstrap member says, in
+    the same order for every reply, so that differences can be taken member by member; it is not written out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -119,6 +120,7 @@ class RewardOutput(BaseModel):
     width: dict[str, float] = {}
     unclipped: dict[str, float] = {}
     flags: tuple[str, ...] = ()
+    members: dict[str, tuple[float, ...]] = Field(default={}, exclude=True, repr=False)
 
     @property
     def vector(self) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hominem_mlx.cli.probe import map_, probe
 from hominem_mlx.cli.session import InOrder, Session, shares
 
 if TYPE_CHECKING:
@@ -150,17 +151,8 @@ def compare(session: Session, prompts: tuple[str, ...], adapter: str | None, fil
     session.console.say(comparing.as_text(found))
 
 
-@evaluate.command()
-@click.option("-p", "--prompt", required=True, help="What was said.")
-@click.option("-r", "--response", "replies", multiple=True, required=True, help="A reply; may be given several times.")
-@shares()
-def probe(session: Session, replies: tuple[str, ...], prompt: str) -> None:
-    """Judge several replies to one prompt and mark the dimensions on which they really differ."""
-    from hominem_mlx.evaluation import probes
-
-    found = probes.probe(session.reward_model(), prompt, replies)
-    session.console.result(found)
-    session.console.say(probes.as_text(found))
+evaluate.add_command(probe)
+evaluate.add_command(map_)
 
 
 def _examined(session: Session, name: str | None) -> "Artifact":

@@ -77,7 +77,8 @@ class RewardModel:
             values, members = self.predict(features)
             for place, index in enumerate(said):
                 if EMPTY not in flags[place]:
-                    outputs[index] = self._output(values[place], self._spread(members[:, place]), flags[place])
+                    said_by = self._named(members[:, place])
+                    outputs[index] = self._output(values[place], _spread(said_by), flags[place], said_by)
         return outputs
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,16 +137,22 @@ class RewardModel:
             )
         return Backbone(reader, card.layers, card.poolings)
 
-    def _spread(self, members: np.ndarray) -> dict[str, float]:
-        """Standard deviation over members `[E, O]`, for each output and the scalar; nothing without members."""
+    def _named(self, members: np.ndarray) -> dict[str, tuple[float, ...]]:
+        """What members `[E, O]` say of each output and the scalar; nothing without members."""
         if not len(members):
             return {}
         weights = np.array([dimension.weight for dimension in self.manifold.dimensions])
         scalar = members[:, : len(weights)] @ weights / weights.sum()
         named = dict(zip(self.card.outputs, members.T, strict=True)) | {"scalar": scalar}
-        return {name: float(values.std()) for name, values in named.items()}
+        return {name: tuple(values.tolist()) for name, values in named.items()}
 
-    def _output(self, values: np.ndarray, uncertainty: dict[str, float], flags: tuple[str, ...]) -> RewardOutput:
+    def _output(
+        self,
+        values: np.ndarray,
+        uncertainty: dict[str, float],
+        flags: tuple[str, ...],
+        members: dict[str, tuple[float, ...]],
+    ) -> RewardOutput:
         if not np.isfinite(values).all():
             raise ModelError("the reward model gave a value that is not finite; run `hominem artifacts verify`")
         unclipped = dict(zip(self.card.outputs, map(float, values), strict=True))
@@ -159,6 +166,7 @@ class RewardModel:
             width=self.card.width,
             unclipped=unclipped,
             flags=flags,
+            members=members,
         )
 
     @functools.cached_property
@@ -166,7 +174,7 @@ class RewardModel:
         mean, scale = np.array(self.head.label_mean), np.array(self.head.label_scale)
         spread = dict(zip(self.card.outputs, map(float, scale), strict=True))
         spread["scalar"] = float(scale[: len(self.manifold.names)].mean())
-        return self._output(mean - scale, spread, (EMPTY,))
+        return self._output(mean - scale, spread, (EMPTY,), {})
 
     # --- on disk ---------------------------------------------------------------------------------------------------
 
@@ -210,6 +218,11 @@ class RewardModel:
             )
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
         return cls(card, _read_head(folder / HEAD, card, ngram), ngram, lm=lm, home=home or _home_of(folder))
+
+
+def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
+    """Standard deviation over members, output by output."""
+    return {name: float(np.std(values)) for name, values in members.items()}
 
 
 def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead:

@@ -147,14 +147,14 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
             dimensions=len(model.manifold.names),
             categories=[row.category for row in rows],
             prompts=[row.prompt_id for row in rows],
-            labels=recipe.targets(rows),
+            labels=recipe.targets(rows, model.manifold),
             features=model.read(pairs, session.home, progress),
             held_out=np.arange(len(rows)) >= len(parts[0]),
             predicted=predicted,
             again=np.array([second.get(row.id, unknown) for row in rows], float),
         )
-        place = session.home / "plots" if folder is None else Path(folder)
-        found = maps.draw(material, place, umap=umap, progress=progress)
+        drawn_in = session.home / "plots" if folder is None else Path(folder)
+        found = maps.draw(material, drawn_in, umap=umap, progress=progress)
     session.console.result(found)
     told = found["directions"]
     ours, theirs = told["labels"]["shares"], told["predictions"]["shares"]
@@ -172,7 +172,7 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
         f"\nparticipation ratio {labels:.2f} (labels), {predictions:.2f} (predictions) of {len(model.manifold.names)}, "
         f"on {told['rows']} held-out replies to {told['prompts']} prompts"
     )
-    session.console.say(f"{len(found['files'])} pictures in {place}")
+    session.console.say(f"{len(found['files'])} pictures in {drawn_in}")
 
 
 def _strongest(loadings: dict[str, list[float]], direction: int) -> str:

@@ -169,7 +169,7 @@ def scree(told: dict[str, Any]) -> Figure:
             if one["r"] is not None:
                 right.plot(place, one["r"], "o", color=INK, markersize=5)
         for place, most in enumerate(told.get("ceilings", []), 1):
-            name = f"ceiling: how far {told['rated_twice']} second ratings agree" if place == 1 else None
+            name = f"ceiling: how far {told['rated_twice']} second ratings agree" if place == 1 else ""
             right.plot([place - 0.3, place + 0.3], [most, most], color=COLOURS[2], linewidth=2, label=name)
         right.axhline(0, color=INK, linewidth=0.5, alpha=0.4)
         right.set_ylim(min(-0.1, *(one["low"] or 0 for one in told["agreement"])), 1)
@@ -221,7 +221,7 @@ def by_category(panels: Sequence[tuple[str, np.ndarray]], categories: np.ndarray
             axes.set_xlabel(along[0])
             _ticks(axes, along)
         all_axes[0].set_ylabel(along[1])
-        legend(figure, [name.replace("_", " ") for name in names], where="outside right upper", in_order=True)
+        legend(figure, [name.replace("_", " ") for name in names], at_right=True, in_order=True)
         _note(figure, f"{len(categories)} replies")
     return figure
 

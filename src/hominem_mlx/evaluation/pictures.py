@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -68,8 +68,8 @@ def candidates(probed: dict[str, Any]) -> Figure:
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, -1.08), max(high, 1.08))
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
-        really = "; grey band: they differ beyond doubt" if probed["changed"] else ""
-        axes.set_xlabel(f"value (whiskers: ± {SURE:.0f} standard deviations{really})")
+        really = "; grey: they differ beyond doubt" if probed["changed"] else ""
+        axes.set_xlabel(f"value (± {SURE:.0f} standard deviations{really})")
         legend(figure, [f"[{n}] {one['reply']}" for n, one in enumerate(probed["candidates"], 1)])
     return figure
 
@@ -103,8 +103,8 @@ def relations(found: dict[str, Any]) -> Figure:
                     )
         share.set_xlim(0, 100)
         share.set_xlabel("pairs of replies that\ndiffer beyond doubt (%)")
-        size.set_xlabel("correlation of |change|\nwith the mean of both")
-        together.set_xlabel("correlation of the change\nwith the change of")
+        size.set_xlabel("correlation of |change| with\nthe mean of both replies")
+        together.set_xlabel("correlation of the change\nwith the change of these")
         for axes in (size, together):
             axes.set_xlim(-1, 1)
             axes.set_xticks([-1, -0.5, 0, 0.5, 1], ["−1", "", "0", "", "1"])
@@ -176,17 +176,20 @@ def signed(value: float, how: str = "+.2f") -> str:
 
 
 def _whisker(axes: Axes, found: dict[str, float | None], height: float, colour: str, shape: str) -> None:
-    if found["r"] is None:
-        return
-    if found["low"] is not None:
-        axes.plot([found["low"], found["high"]], [height, height], color=colour, linewidth=1.2)
-    axes.plot(found["r"], height, shape, color=colour, markersize=5)
+    r, low, high = found["r"], found["low"], found["high"]
+    if low is not None and high is not None:
+        axes.plot([low, high], [height, height], color=colour, linewidth=1.2)
+    if r is not None:
+        axes.plot(r, height, shape, color=colour, markersize=5)
 
 
 def legend(
-    figure: Figure, names: Sequence[str], *, across: int = 1, where: str = "outside upper left", in_order: bool = False
+    figure: Figure, names: Sequence[str], *, across: int = 1, at_right: bool = False, in_order: bool = False
 ) -> None:
     """What each colour and shape stands for. Shapes go with the colours, or, `in_order`, change when these run out."""
+    where: Literal["outside right upper", "outside upper left"] = (
+        "outside right upper" if at_right else "outside upper left"
+    )
     shapes = [SHAPES[(n // len(COLOURS) if in_order else n) % len(SHAPES)] for n in range(len(names))]
     handles = [
         Line2D([], [], marker=shape, color=COLOURS[n % len(COLOURS)], linestyle="", markersize=5.5)

@@ -71,12 +71,15 @@ def agreement(
         groups: the prompt of each row, drawn whole for the 95 % interval.
     """
     ours, theirs = found.places(predicted), found.places(labels)
-    return [
-        metrics.bootstrap_statistic(
-            lambda rows, k=k: metrics.pearson(ours[rows, k], theirs[rows, k]), groups, resamples=500, seed=seed
-        )
-        for k in range(len(found.axes))
-    ]
+    owners = np.asarray(groups)
+
+    def along(k: int) -> metrics.Interval:
+        def correlation(rows: np.ndarray) -> float:
+            return metrics.pearson(ours[rows, k], theirs[rows, k])
+
+        return metrics.bootstrap_statistic(correlation, owners, resamples=500, seed=seed)
+
+    return [along(k) for k in range(len(found.axes))]
 
 
 def ceilings(found: Pca, first: np.ndarray, second: np.ndarray) -> list[float]:

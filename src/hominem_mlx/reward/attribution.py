@@ -228,6 +228,8 @@ def _pick(model: RewardModel, output: str) -> mx.array:
     """Weights `[O]` that make one output, or the scalar, of all outputs."""
     names, dimensions = model.card.outputs, model.manifold.dimensions
     if output == "scalar":
+        if model.gate is not None:
+            raise InputError("the weights of this reward model's scalar hang on the prompt; ask for dimensions instead")
         shares = {dimension.name: dimension.weight for dimension in dimensions}
         return mx.array([shares.get(name, 0.0) / sum(shares.values()) for name in names])
     if output not in names:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hominem_mlx.config import home_folder, load_config
@@ -19,11 +20,13 @@ from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
 from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
 from hominem_mlx.schema import EMPTY, MANIFOLD, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
 WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the prediction
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
+GATE = "gate.safetensors"
 GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
 
 
@@ -41,6 +44,7 @@ class Card(BaseModel):
     poolings: tuple[str, ...] = ()
     penalties: dict[str, float] = {}
     width: dict[str, float] = {}
+    scalar: ScalarCard = ScalarCard()
 
 
 class RewardModel:
@@ -52,10 +56,11 @@ class RewardModel:
         head: RidgeHead,
         features: Backbone | NgramFeatures | None = None,
         *,
+        gate: Gate | None = None,
         lm: LanguageModel | None = None,
         home: Path | None = None,
     ):
-        self.card, self.head = card, head
+        self.card, self.head, self.gate = card, head, gate
         self._features, self._lm, self._home = features, lm, home
 
     # --- judging ---------------------------------------------------------------------------------------------------
@@ -75,11 +80,33 @@ class RewardModel:
         if said:
             features, flags = self.features.read([pairs[index] for index in said])
             values, members = self.predict(features)
+            weights = self.weights(features)
             for place, index in enumerate(said):
                 if EMPTY not in flags[place]:
-                    said_by = self._named(members[:, place])
-                    outputs[index] = self._output(values[place], _spread(said_by), flags[place], said_by)
+                    said_by = self._named(members[:, place], weights[place])
+                    longer = log_length(pairs[index][1]) - self.card.scalar.log_length
+                    outputs[index] = self._output(
+                        values[place], _spread(said_by), flags[place], said_by, weights[place], longer
+                    )
         return outputs
+
+    def weights(self, features: np.ndarray) -> np.ndarray:
+        """What each dimension counts in the scalar, `[N, K]` with sum 1, from features `[N, F]`."""
+        if self.gate is not None:
+            asked = prompt_columns(self.card.layers, self.card.poolings, features.shape[1])
+            return np.array(self.gate(mx.array(features[:, asked])))
+        return np.tile(self._fixed, (len(features), 1))
+
+    @functools.cached_property
+    def _fixed(self) -> np.ndarray:
+        weights = np.array([dimension.weight for dimension in self.manifold.dimensions])
+        return weights / weights.sum()
+
+    def preference(self, one: RewardOutput, other: RewardOutput) -> float | None:
+        """Probability that `one` is the better of two replies to one prompt; None where labels were too few to tell."""
+        if self.card.scalar.temperature is None:
+            return None
+        return float(1 / (1 + np.exp(np.clip((other.scalar - one.scalar) / self.card.scalar.temperature, -50, 50))))
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`."""
@@ -117,7 +144,7 @@ class RewardModel:
 
     def fingerprint(self) -> str:
         """Digest of everything a score hangs on: equal fingerprints, equal scores on one machine."""
-        arrays = tree_flatten(self.head.parameters())
+        arrays = tree_flatten(self.head.parameters()) + (tree_flatten(self.gate.parameters()) if self.gate else [])
         digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
         return sha256_json({"card": self.card.model_dump(mode="json"), "arrays": digests})
 
@@ -137,12 +164,11 @@ class RewardModel:
             )
         return Backbone(reader, card.layers, card.poolings)
 
-    def _named(self, members: np.ndarray) -> dict[str, tuple[float, ...]]:
+    def _named(self, members: np.ndarray, weights: np.ndarray) -> dict[str, tuple[float, ...]]:
         """What members `[E, O]` say of each output and the scalar; nothing without members."""
         if not len(members):
             return {}
-        weights = np.array([dimension.weight for dimension in self.manifold.dimensions])
-        scalar = members[:, : len(weights)] @ weights / weights.sum()
+        scalar = members[:, : len(weights)] @ weights
         named = dict(zip(self.card.outputs, members.T, strict=True)) | {"scalar": scalar}
         return {name: tuple(values.tolist()) for name, values in named.items()}
 
@@ -152,16 +178,21 @@ class RewardModel:
         uncertainty: dict[str, float],
         flags: tuple[str, ...],
         members: dict[str, tuple[float, ...]],
+        weights: np.ndarray,
+        longer: float = 0.0,
     ) -> RewardOutput:
+        """`weights` `[K]` of the scalar; `longer` than usual is the reply, in logarithms."""
         if not np.isfinite(values).all():
             raise ModelError("the reward model gave a value that is not finite; run `hominem artifacts verify`")
         unclipped = dict(zip(self.card.outputs, map(float, values), strict=True))
         vector = {name: min(1.0, max(-1.0, unclipped[name])) for name in self.manifold.names}
+        owed = [longer * self.card.scalar.slopes.get(name, 0.0) for name in vector]
+        scalar = float(np.clip(np.array([*vector.values()]) - owed, -1.0, 1.0) @ weights)
         return RewardOutput(
             reward_vector=vector,
             reward_intensity=min(1.0, max(0.0, unclipped["reward_intensity"])),
             safety_score=min(1.0, max(-1.0, unclipped["safety_score"])),
-            scalar=self.manifold.scalar(list(vector.values())),
+            scalar=min(1.0, max(-1.0, scalar)),
             uncertainty=uncertainty,
             width=self.card.width,
             unclipped=unclipped,
@@ -174,7 +205,7 @@ class RewardModel:
         mean, scale = np.array(self.head.label_mean), np.array(self.head.label_scale)
         spread = dict(zip(self.card.outputs, map(float, scale), strict=True))
         spread["scalar"] = float(scale[: len(self.manifold.names)].mean())
-        return self._output(mean - scale, spread, (EMPTY,), {})
+        return self._output(mean - scale, spread, (EMPTY,), {}, self._fixed)
 
     # --- on disk ---------------------------------------------------------------------------------------------------
 
@@ -182,6 +213,8 @@ class RewardModel:
         """Write the model into `folder`, which should be a draft."""
         write_json(folder / CARD, self.card.model_dump(mode="json"))
         mx.save_safetensors(str(folder / HEAD), dict(tree_flatten(self.head.parameters())))
+        if self.gate is not None:
+            mx.save_safetensors(str(folder / GATE), dict(tree_flatten(self.gate.parameters())))
         if isinstance(self._features, NgramFeatures):
             pieces = {"pieces": self._features.vocabulary, "idf": self._features.idf.tolist()}
             write_json(folder / VOCABULARY, pieces)
@@ -217,7 +250,9 @@ class RewardModel:
                 f"({manifold.hash}); versions never mix: train again with `hominem train reward`"
             )
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
-        return cls(card, _read_head(folder / HEAD, card, ngram), ngram, lm=lm, home=home or _home_of(folder))
+        head = _read_head(folder / HEAD, card, ngram)
+        gate = _read_gate(folder / GATE, card, head.weight.shape[0]) if (folder / GATE).exists() else None
+        return cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder))
 
 
 def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
@@ -226,15 +261,35 @@ def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
 
 
 def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead:
-    try:
-        arrays = dict(mx.load(str(path)))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run `hominem artifacts verify`") from None
+    arrays = _read_arrays(path)
     width = len(ngram.vocabulary) if ngram else arrays["weight"].shape[0] if "weight" in arrays else 0
     members = arrays["member_bias"].shape[0] if "member_bias" in arrays else 0
     head = RidgeHead(width, len(card.outputs), members)
-    expected = dict(tree_flatten(head.parameters()))
-    problems = [f"{name} is missing" for name in expected if name not in arrays]
+    wrong = card.outputs != (*card.manifold.names, *EXTRA)
+    problems = [f"its outputs {', '.join(card.outputs)} are not those of its manifold"] if wrong else []
+    _fill(head, arrays, path, problems)
+    return head
+
+
+def _read_gate(path: Path, card: Card, width: int) -> Gate:
+    arrays = _read_arrays(path)
+    asked = prompt_columns(card.layers, card.poolings, width)
+    gate = Gate(len(asked), [dimension.weight for dimension in card.manifold.dimensions])
+    _fill(gate, arrays, path, [])
+    return gate
+
+
+def _read_arrays(path: Path) -> dict[str, mx.array]:
+    try:
+        return dict(mx.load(str(path)))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run `hominem artifacts verify`") from None
+
+
+def _fill(module: nn.Module, arrays: dict[str, mx.array], path: Path, problems: list[str]) -> None:
+    """Put arrays in their places. Raises: InputError naming all that do not fit, beside other problems."""
+    expected = dict(tree_flatten(module.parameters()))
+    problems += [f"{name} is missing" for name in expected if name not in arrays]
     problems += [f"{name} does not belong to a reward model" for name in arrays if name not in expected]
     problems += [
         f"{name} has shape {value.shape}, expected {expected[name].shape}"
@@ -242,12 +297,9 @@ def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead
         if name in expected and value.shape != expected[name].shape
     ]
     problems += [f"{name} holds NaN or infinity" for name, v in arrays.items() if not mx.isfinite(v).all().item()]
-    if card.outputs != (*card.manifold.names, *EXTRA):
-        problems.append(f"its outputs {', '.join(card.outputs)} are not those of its manifold")
     if problems:
         raise InputError([f"{path}: {problem}" for problem in problems])
-    head.update(arrays)
-    return head
+    module.update(tree_unflatten(list(arrays.items())))
 
 
 def _read_vocabulary(path: Path) -> NgramFeatures:
@@ -265,6 +317,14 @@ def _home_of(folder: Path) -> Path | None:
     """The home an artifact lies in (`home/artifacts/reward_model/version`), or None."""
     parents = folder.absolute().parents
     return parents[2] if len(parents) > 2 and parents[1].name == "artifacts" else None
+
+
+def prompt_columns(layers: Sequence[int], poolings: Sequence[str], width: int) -> np.ndarray:
+    """Which of `width` features are the prompt's own: what a gate reads."""
+    blocks = len(layers) * len(poolings)
+    size = width // max(1, blocks)
+    own = [place for place in range(blocks) if poolings[place % len(poolings)] == "prompt"]
+    return np.concatenate([np.arange(place * size, (place + 1) * size) for place in own] or [np.arange(0)])
 
 
 def open_reader(

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from hominem_mlx.config import Config, home_folder
-from hominem_mlx.errors import InputError
+from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import read_jsonl, write_json
 from hominem_mlx.metrics import pair_accuracy
 from hominem_mlx.models.backbone import LanguageModel
@@ -27,8 +27,17 @@ from hominem_mlx.reward.examine import (
 )
 from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
-from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader
+from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.reward.scalar import (
+    Gate,
+    ScalarCard,
+    fit_gate,
+    length_slopes,
+    log_length,
+    ordered_pairs,
+    pair_temperature,
+)
 from hominem_mlx.schema import MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
 
@@ -323,10 +332,41 @@ def _fit(
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings}
         made = backbone
+    made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config)
     penalties = dict(zip(outputs, fitted.penalties, strict=True))
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
-    return RewardModel(Card(**card, penalties=penalties, width=width), fitted.head, made)
+    return RewardModel(Card(**card, penalties=penalties, width=width, scalar=made_of), fitted.head, made, gate=gate)
+
+
+def _scalar(
+    labels: Sequence[Label],
+    predicted: np.ndarray,
+    features: np.ndarray | None,
+    backbone: Backbone | None,
+    config: Config,
+) -> tuple[ScalarCard, Gate | None]:
+    """How dimensions, predicted with their fold left out `[N, K + 2]`, become one number."""
+    dimensions, wanted = predicted[:, : len(MANIFOLD.names)], overall(labels)
+    groups = [row.prompt_id for row in labels]
+    weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
+    lengths = np.array([log_length(row.response) for row in labels])
+    card, gate = ScalarCard(log_length=float(lengths.mean())), None
+    if config.reward.length == "removed":
+        slopes = length_slopes(dimensions, lengths)
+        dimensions = dimensions - np.outer(lengths - lengths.mean(), slopes)
+        card = card.model_copy(update={"slopes": dict(zip(MANIFOLD.names, slopes.tolist(), strict=True))})
+    if config.reward.scalar == "gated" and features is not None and backbone is not None:
+        asked = prompt_columns(backbone.spec.layers, backbone.spec.poolings, features.shape[1])
+        if not len(asked):
+            raise ConfigError("reward.scalar = gated reads the prompt: add `prompt` to reward.poolings")
+        gate, _ = fit_gate(features[:, asked], dimensions, wanted, groups, weights.tolist(), seed=config.reward.seed)
+    scalar = dimensions @ weights / weights.sum()
+    pairs = ordered_pairs(np.where(np.isnan(scalar), np.nan, wanted), groups)
+    if len(pairs):
+        temperature = pair_temperature(scalar[pairs[:, 0]] - scalar[pairs[:, 1]])
+        card = card.model_copy(update={"temperature": temperature})
+    return card, gate
 
 
 def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, config: Config, progress) -> dict:

@@ -14,6 +14,7 @@ from hominem_mlx.reward.features import Backbone, LmReader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.model import Card, RewardModel, score
 from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.reward.scalar import Gate, ScalarCard
 from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput, Scorer
 
 OUTPUTS = (*MANIFOLD.names, *EXTRA)
@@ -247,3 +248,45 @@ def test_score_uses_the_reward_model_in_use(registry, home):
     output = score("hi", "good day", home=home)
     assert isinstance(output, RewardOutput)
     assert output == score("hi", "good day") == ngram_model().score("hi", "good day")
+
+
+def with_scalar(model: RewardModel, **scalar) -> RewardModel:
+    card = model.card.model_copy(update={"scalar": ScalarCard(**scalar)})
+    return RewardModel(card, model.head, model.features, gate=model.gate)
+
+
+def test_what_length_alone_says_is_taken_out_of_the_scalar(tiny):
+    plain = lm_model(tiny(), size=0.01)
+    model = with_scalar(plain, log_length=np.log(10), slopes={"empathy": 0.7, "curiosity": -0.1})
+    for prompt, response in PAIRS[:2]:
+        longer = np.log(len(response) / 10)
+        before, after = plain.score(prompt, response), model.score(prompt, response)
+        assert after.reward_vector == before.reward_vector
+        assert after.scalar == pytest.approx(before.scalar - longer * 0.6 / 7, abs=1e-6)
+
+
+def test_a_difference_of_scalars_is_a_chance(tiny):
+    model = with_scalar(lm_model(tiny()), temperature=0.2)
+    one, other = (model.score(*pair).model_copy(update={"scalar": value}) for pair, value in zip(PAIRS, (0.5, 0.1)))
+    assert model.preference(one, other) == pytest.approx(1 / (1 + np.exp(-2)))
+    assert model.preference(one, other) + model.preference(other, one) == pytest.approx(1)
+    assert lm_model(tiny()).preference(one, other) is None
+
+
+def test_a_gate_weighs_dimensions_by_the_prompt_and_comes_back(tiny, tmp_path):
+    lm = tiny()
+    card = lm_model(lm).card.model_copy(update={"poolings": ("mean", "prompt")})
+    gate = Gate(2 * 32, [1.0] * 7)
+    gate.outer.bias = mx.array([5.0, 0, 0, 0, 0, 0, 0])
+    backbone = Backbone(LmReader(lm), (0, 2), ("mean", "prompt"))
+    model = RewardModel(card, random_head(2 * 2 * 32), backbone, gate=gate)
+    output = model.score(*PAIRS[0])
+    shares = np.array([np.exp(5), 1, 1, 1, 1, 1, 1]) / (np.exp(5) + 6)
+    assert output.scalar == pytest.approx(float(shares @ output.vector), abs=1e-5)
+    model.save(tmp_path)
+    again = RewardModel.load(tmp_path, lm=lm)
+    assert again.score(*PAIRS[0]) == output and again.fingerprint() == model.fingerprint()
+    assert again.fingerprint() != lm_model(lm).fingerprint()
+    mx.save_safetensors(str(tmp_path / "gate.safetensors"), {"start": mx.zeros((3,))})
+    with pytest.raises(InputError, match="start has shape"):
+        RewardModel.load(tmp_path, lm=lm)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hominem_mlx.config import Config
-from hominem_mlx.errors import InputError, ModelError
+from hominem_mlx.errors import ConfigError, InputError, ModelError
 from hominem_mlx.files import read_jsonl, write_jsonl
 from hominem_mlx.models import encoder
 from hominem_mlx.models.backbone import STARTER
@@ -306,3 +306,20 @@ def test_the_encoder_beats_ngrams_on_prompts_it_never_saw(home):
     assert found["pair_accuracy_difference"]["low"] > 0  # A5
     assert found["residual"]["mean"] > found["residual"]["baseline_mean"]  # A9
     assert found["residual"]["p"] < 0.01
+
+
+def test_the_scalar_is_made_as_the_settings_say(registry, dataset, tiny):
+    lm, parent = tiny(), dataset(corpus(14))
+    plain = training.train(registry, parent, settings("lm"), lm=lm).metadata["notes"]["scalar"]
+    assert 0.001 <= plain["temperature"] < 1 and plain["slopes"] == {} and not plain["gated"]
+    asked = settings("lm", length="removed", scalar="gated", poolings=("mean", "prompt"))
+    other = training.train(registry, parent, asked, lm=lm)
+    told = other.metadata["notes"]["scalar"]
+    assert set(told["slopes"]) == set(MANIFOLD.names) and not told["gated"]
+    assert told["gate"]["pairs"] < told["gate"]["wanted"] == 2000  # so few pairs keep the fixed weights
+    assert RewardModel.load(other.folder, lm=lm).card.scalar.slopes == told["slopes"]
+
+
+def test_a_gate_without_the_prompt_among_the_poolings_is_refused(registry, dataset, tiny):
+    with pytest.raises(ConfigError, match="add `prompt` to reward.poolings"):
+        training.train(registry, dataset(corpus(6)), settings("lm", scalar="gated"), lm=tiny())

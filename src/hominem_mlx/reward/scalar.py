@@ -28,13 +28,15 @@ SURE, UNSURE = 1e-3, 1e3  # ends of the search for a temperature
 class ScalarCard(BaseModel):
     """How the scalar is made: `slopes` of dimensions on log length (none: length is kept), measured from `log_length`.
 
-    `temperature` T makes probabilities of differences: `P(a better than b) = sigmoid((R_a - R_b) / T)`.
+    `temperature` T makes probabilities of differences: `P(a better than b) = sigmoid((R_a - R_b) / T)`. `gate` is what
+    `fit_gate` said when weights that hang on the prompt were asked for, whether or not they were kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     temperature: float | None = None
     log_length: float = 0.0
     slopes: dict[str, float] = {}
+    gate: dict[str, float] = {}
 
 
 class Gate(nn.Module):

@@ -277,6 +277,7 @@ def describe(model: RewardModel) -> dict:
             }
             for index, name in enumerate(model.card.outputs)
         ],
+        "scalar": {**model.card.scalar.model_dump(), "gated": model.gate is not None},
         "normalisation": "features and labels standardised on the training rows, undone inside the head; then clipped",
         "backbone": {
             "kind": model.card.backbone,
@@ -360,7 +361,9 @@ def _scalar(
         asked = prompt_columns(backbone.spec.layers, backbone.spec.poolings, features.shape[1])
         if not len(asked):
             raise ConfigError("reward.scalar = gated reads the prompt: add `prompt` to reward.poolings")
-        gate, _ = fit_gate(features[:, asked], dimensions, wanted, groups, weights.tolist(), seed=config.reward.seed)
+        read, seed = features[:, asked], config.reward.seed
+        gate, decided = fit_gate(read, dimensions, wanted, groups, weights.tolist(), seed=seed)
+        card = card.model_copy(update={"gate": decided})
     scalar = dimensions @ weights / weights.sum()
     pairs = ordered_pairs(np.where(np.isnan(scalar), np.nan, wanted), groups)
     if len(pairs):

@@ -321,5 +321,5 @@ def test_the_scalar_is_made_as_the_settings_say(registry, dataset, tiny):
 
 
 def test_a_gate_without_the_prompt_among_the_poolings_is_refused(registry, dataset, tiny):
-    with pytest.raises(ConfigError, match="add `prompt` to reward.poolings"):
+    with pytest.raises(ConfigError, match="add `prompt` to reward"):
         training.train(registry, dataset(corpus(6)), settings("lm", scalar="gated"), lm=tiny())

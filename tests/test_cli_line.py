@@ -113,6 +113,7 @@ def test_the_whole_line(rows, settings, home):
     assert Registry(home).pointers("lora") == {}, "a refused adapter is not put in use"
     compared = value("evaluate", "compare", "-p", "What is my sister called?")
     assert set(compared[0]) >= {"before", "after", "diff", "judged_before", "judged_after"}
+    assert 0 < compared[0]["after_is_better"] < 1
 
     practised = value("train", "rl", *PRACTICE, *SMALL)
     assert practised["kept_step"] == 2 and practised["before"]["kl"] == 0

@@ -34,7 +34,8 @@ def compare(
         temperature: 0 compares each one's likeliest answer.
 
     Returns: one dict a prompt: `prompt`, `before`, `after`, `diff` (pieces `["same" | "gone" | "new", text]`); with a
-        scorer also `judged_before`, `judged_after`, `difference` by dimension, and `changed` (see `probes.changed`).
+        scorer also `judged_before`, `judged_after`, `difference` by dimension, `changed` (see `probes.changed`), and
+        of a reward model `after_is_better`, the chance that its raters would say so.
     """
     config = config or Config()
 
@@ -65,6 +66,8 @@ def compare(
                     name: second.reward_vector[name] - value for name, value in first.reward_vector.items()
                 }
                 row["changed"] = changed([first, second])
+                if chance := getattr(scorer, "preference", None):  # a reward model says how sure it is of an order
+                    row["after_is_better"] = chance(second, first)
     return rows
 
 
@@ -79,6 +82,8 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
             first, second = row["judged_before"], row["judged_after"]
             for label, key in (("reward", "scalar"), ("intensity", "reward_intensity"), ("safety", "safety_score")):
                 lines.append(f"  {label:<20}{first[key]:>+6.2f} -> {second[key]:>+6.2f}")
+            if (chance := row.get("after_is_better")) is not None:
+                lines.append(f"  {'chance that it is better':<30}{chance:.2f}")
             for name, value in row["difference"].items():
                 mark = "  *" if name in row["changed"] else ""
                 before, after = first["reward_vector"][name], second["reward_vector"][name]

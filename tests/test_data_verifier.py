@@ -53,6 +53,8 @@ def test_good_labels_have_no_problem_and_are_measured():
         "mean_abs_correlation",
         "length_correlation",
         "gross",
+        "injected_replies",
+        "adversarial_prompts",
     }
     assert verdict.measures["participation_ratio"] > 6
 

@@ -223,6 +223,12 @@ def split(session: Session) -> None:
     left_out = made["suite"].metadata["notes"].get("left_out", [])
     if left_out:
         session.console.say(f"{len(left_out)} held-out rows repeat something learnt and were left out.")
+    attacks = made["raw"].metadata["notes"].get("left_out", [])
+    if attacks:
+        session.console.say(
+            f"{len(attacks)} rows attack a model or its judge. Nothing learns from them; they stay here:"
+        )
+        session.console.table(["row", "why"], [[row["id"], row["reason"]] for row in attacks])
     session.console.say("Next: hominem train reward, or hominem data pair")
 
 
@@ -273,7 +279,7 @@ def stats(session: Session) -> None:
 
     from hominem_mlx.data import again, agreement
     from hominem_mlx.data import home as homes
-    from hominem_mlx.data.verifier import halo
+    from hominem_mlx.data.verifier import attacks, halo
     from hominem_mlx.data.verifier import stats as distributions
     from hominem_mlx.errors import NotGoodEnough
     from hominem_mlx.records import Label
@@ -284,6 +290,7 @@ def stats(session: Session) -> None:
     found = [stat.model_dump(mode="json") for stat in distributions(labels)]
     retests = homes.read_aside(session.home, homes.RETESTS)
     reliable = [r.model_dump() for r in agreement.reliabilities(again.first_ratings(session.home), retests)]
+    attacked = attacks(labels)
     gate = halo(labels)
     session.console.result(
         {
@@ -291,6 +298,7 @@ def stats(session: Session) -> None:
             "labellers": labellers,
             "numbers": found,
             "reliability": reliable,
+            "attacks": attacked,
             "halo": {**gate.model_dump(), "is_good": gate.is_good},
         }
     )
@@ -302,6 +310,9 @@ def stats(session: Session) -> None:
     session.console.say()
     columns = ["category", "number", "rows", "mean", "sd", "low", "high"]
     session.console.table(columns, [list(stat.values()) for stat in found])
+    if any(attacked.values()):
+        session.console.say()
+        session.console.table(["attacks on a model or its judge", "how many"], list(attacked.items()))
     if reliable:
         session.console.say()
         columns = ["asked twice", "number", "rows", "reliability", "highest correlation to reach"]
@@ -400,6 +411,9 @@ def _self_play(session: Session, count: int, starter: bool) -> None:
 def _show_rated(session: Session, teacher: "Teacher", done: "Rated") -> None:
     session.console.result(done.model_dump(mode="json"))
     session.console.say(f"{done.rated} replies labelled by {teacher.name}, {done.kept} had a label already.")
+    if done.injected:
+        session.console.say(f"{len(done.injected)} replies speak to their judge. They were judged without that:")
+        session.console.table(["reply", "it"], [[name, "; ".join(why)] for name, why in done.injected.items()])
     _show_failures(session, "without a label; the next run asks again", done.unlabelled)
     session.console.say("Next: hominem data verify")
 

@@ -5,15 +5,17 @@ changing every held-out row leaves the training artifacts as they are, byte for 
 learnable text is left out of the suite, never the other way round.
 """
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
+from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import Config
 from hominem_mlx.data import exports, formats
 from hominem_mlx.data import home as homes
@@ -167,7 +169,10 @@ def _said(text: str) -> str:
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of a home, sorted by what may be done with them, and what was left out with the reason."""
+    """The rows of a home, sorted by what may be done with them, and what was left out with the reason.
+
+    `left_out` are held-out rows, `attacks` those that would be learnt from but for an attack on a model or its judge.
+    """
 
     labels: dict[Part, list[Label]]
     preferences: dict[Part, list[Preference]]
@@ -179,6 +184,7 @@ class Parts:
     recall: list[RecallQuestion]
     fixtures: list[Fixture]
     left_out: list[dict[str, str]]
+    attacks: list[dict[str, str]]
 
 
 def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]:
@@ -205,6 +211,9 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
         if parts.thumbs or parts.thumbs_left_out:
             draft.metrics |= {"thumbs": len(parts.thumbs), "thumbs_left_out": parts.thumbs_left_out}
         draft.metrics |= {"labels": len(learnable), "memory": len(parts.memory), "preferences": len(given)}
+        if parts.attacks:
+            draft.metrics["attacks_left_out"] = len(parts.attacks)
+            draft.notes["left_out"] = parts.attacks
     raw = draft.published
     with registry.draft("dataset", parents=[raw], config={"holds": "labels"}) as draft:
         for part in ("train", "valid"):
@@ -241,9 +250,27 @@ def sort_rows(home: Path) -> Parts:
     A prompt's id decides its split. Learnable prompts that say nearly the same under different ids go to `valid`
     together when one of them is there. Held-out rows that repeat a learnable text are left out. Thumbs are only
     learnt from: those about other prompts than training ones are left out and counted.
+
+    This is the one door to learning, so here stands the gate against attacks (`science.md` 3.4): a row whose prompt is
+    one, or that would make a reply likelier which is one, stays in the home and is named, and nothing learns from it.
     """
     labels, preferences, thumbs = homes.read(home, Label), homes.read(home, Preference), homes.read(home, Thumb)
-    memory = _by_id(homes.read(home, SftPair))
+    memory = homes.read(home, SftPair)
+    attacks: list[dict[str, str]] = []
+    reasons = functools.lru_cache(maxsize=None)(is_adversarial)  # a prompt has many rows
+
+    def honest(rows: Sequence[homes.Row]) -> list[homes.Row]:
+        kept = []
+        for row in rows:
+            held_out = isinstance(row, Label | Preference | Thumb) and split_of(row.prompt_id) == "test"
+            why = () if held_out else next(filter(None, map(reasons, _learnt_texts(row))), ())
+            if why:
+                attacks.append({"id": row.id, "reason": f"it {' and '.join(why)}"})  # type: ignore[attr-defined]
+            else:
+                kept.append(row)
+        return kept
+
+    labels, preferences, thumbs, memory = honest(labels), honest(preferences), honest(thumbs), _by_id(honest(memory))
     everything: list[Label | Preference | Thumb] = [*labels, *preferences, *thumbs]
     scored = [row for row in everything if split_of(row.prompt_id) != "test"]
     valid = _valid_prompts(scored)
@@ -287,7 +314,24 @@ def sort_rows(home: Path) -> Parts:
         recall=recall,
         fixtures=_by_id(homes.read(home, Fixture)),
         left_out=left_out,
+        attacks=sorted(attacks, key=lambda row: row["id"]),
     )
+
+
+def _learnt_texts(row: Record) -> Iterator[str]:
+    """What is said to the model in a row, and the reply that it would make likelier.
+
+    The reply of a label makes nothing likelier by itself: pairs leave injected ones out where they would win.
+    """
+    if isinstance(row, SftPair):
+        yield from (turn.content for turn in row.history or ())
+        yield from (row.instruction, row.response)
+    if isinstance(row, Label | Preference | Thumb):
+        yield row.prompt
+    if isinstance(row, Preference):
+        yield row.chosen
+    if isinstance(row, Thumb) and row.good:
+        yield row.response
 
 
 def _valid_prompts(rows: Sequence[Label | Preference | Thumb]) -> set[str]:

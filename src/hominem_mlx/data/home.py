@@ -43,6 +43,7 @@ UNLABELLED = "data/labeled/unlabelled.jsonl"
 UNSAMPLED = "data/raw/unsampled.jsonl"
 STARTER = Path(__file__).parents[1] / "starter"
 HUMAN = "human"
+INJECTED = "injected"  # key of a label's metadata: why the reply counts as an attack; it was judged without that
 COMPARED = "compared-"  # how ids of pairs begin of which only a comparison of the two replies is known
 
 

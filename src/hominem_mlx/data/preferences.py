@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import Config, PairConfig
 from hominem_mlx.data import dataset
 from hominem_mlx.data import home as homes
@@ -55,18 +56,20 @@ def from_labels(labels: Sequence[Label], config: PairConfig) -> list[Preference]
     """All pairs of replies to one prompt that differ enough, at most `max_per_prompt` of them, sorted by id.
 
     Which pairs stay under the cap is drawn by seed and id: neither wide nor narrow margins are preferred, and one more
-    reply does not reshuffle the rest. Replies without an overall value make no pair.
+    reply does not reshuffle the rest. Replies without an overall value make no pair, and one that holds an injection is
+    never the better side: its label is that of the text without it.
     """
     by_prompt: dict[tuple[str, str], list[Label]] = {}
     for label in labels:
         if label.reward.overall() is not None:
             by_prompt.setdefault((label.prompt_id, label.prompt), []).append(label)
+    injected = {label.id for label in labels if is_adversarial(label.response)}
     pairs = []
     for group in by_prompt.values():
         made = [
             pair
             for one, other in itertools.combinations(sorted(group, key=lambda row: row.id), 2)
-            if (pair := _label_pair(one, other, group, config)) is not None
+            if (pair := _label_pair(one, other, group, config)) is not None and pair.chosen_id not in injected
         ]
         pairs += _capped(made, config)
     return sorted(pairs, key=lambda pair: pair.id)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
 from hominem_mlx.data.questions import Question
+from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import write_jsonl
@@ -30,6 +32,8 @@ class Rated(BaseModel):
     kept: int = 0
     unlabelled: dict[str, str] = {}
     """Why there is no label, by trajectory id."""
+    injected: dict[str, list[str]] = {}
+    """What was left out of replies that speak to their judge, before they were judged, by trajectory id."""
 
 
 def rate(
@@ -64,6 +68,8 @@ def rate(
         for row, label in zip(todo, asking.ask(todo, progress=progress)):
             if isinstance(label, Label):
                 new.append(label)
+                if injected := label.metadata.get(homes.INJECTED):
+                    done.injected[row.id] = injected
                 continue
             done.unlabelled[row.id] = label
             open_items.append({"id": row.id, "prompt_id": row.prompt_id, "teacher": teacher.name, "reason": label})
@@ -164,9 +170,7 @@ class Asking:
             for dimensions, overall in parts
         ]
         answers = iter(ask(self.teacher, jobs, stage="rate", progress=progress) if jobs else ())
-        return [
-            _label(row, [(part, next(answers)) for part in parts], self.teacher.name) for row, parts in zip(rows, calls)
-        ]
+        return [_label(row, [(part, next(answers)) for part in parts], self.teacher) for row, parts in zip(rows, calls)]
 
     def _calls(self, row: Trajectory) -> list[Call]:
         """The calls that make up one rating: which dimensions, in which order, and whether with the other numbers."""
@@ -186,8 +190,11 @@ class Asking:
         return original.response, Rating(reward=numbers, **others)
 
 
-def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], teacher: str) -> Label | str:
-    """One label from the answers to all its calls, or why there is none."""
+def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], teacher: Teacher) -> Label | str:
+    """One label from the answers to all its calls, or why there is none.
+
+    Where the reply speaks to its judge the label says so. A recorded label does not: what its judge saw is not known.
+    """
     numbers: dict[str, float | None] = {}
     rationales, reasons = [], []
     for (dimensions, overall), answer in parts:
@@ -201,6 +208,10 @@ def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], tea
             numbers |= {name: getattr(answer, name) for name in questions.OVERALL}
     if reasons:
         return "; ".join(reasons)
+    metadata = {**row.metadata, "written_by": row.labeller}
+    injected = is_adversarial(row.response)
+    if injected and not isinstance(teacher, RecordedTeacher):
+        metadata[homes.INJECTED] = list(injected)
     return Label(
         id=row.id,
         prompt_id=row.prompt_id,
@@ -209,8 +220,8 @@ def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], tea
         response=row.response,
         reward=Reward(**numbers),
         rationale=" ".join(text.strip() for text in rationales if text.strip()),
-        labeller=teacher,
+        labeller=teacher.name,
         edit_of=row.edit_of,
         lowered=row.lowered,
-        metadata={**row.metadata, "written_by": row.labeller},
+        metadata=metadata,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
+from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.questions import EDITED_WORDS
 from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words, words_changed
@@ -64,6 +65,7 @@ def verify(
     measures: dict[str, float] = {}
     problems = [
         *_duplicates(labels),
+        *_injections(labels, measures),
         *_leaks(labels, memory, recall),
         *_edits(labels),
         *_repeated_vectors(labels, measures),
@@ -96,6 +98,15 @@ def verify_home(home: Path, *, drop: bool = False) -> Verdict:
         return verdict
 
 
+def attacks(labels: Sequence[Label]) -> dict[str, int]:
+    """How many replies speak to their judge, and how many prompts attack a model: see `abuse.is_adversarial`."""
+    replies, prompts = {row.response for row in labels}, {row.prompt for row in labels}
+    return {
+        "injected_replies": sum(bool(is_adversarial(text)) for text in replies),
+        "adversarial_prompts": sum(bool(is_adversarial(text)) for text in prompts),
+    }
+
+
 # --- rows against rows ----------------------------------------------------------------------------------------------
 
 
@@ -116,6 +127,17 @@ def _duplicates(labels: Sequence[Label]) -> Iterator[Problem]:
             text = f"{rows[j].id} is nearly the reply {rows[i].id} ({overlap:.0%} of word triples)"
             drop = [] if rows[j].labeller == homes.HUMAN else [rows[j].id]
             yield Problem(rule="near-duplicate", text=text, rows=[rows[i].id, rows[j].id], drop=drop)
+
+
+def _injections(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+    """Replies that speak to their judge. What this library rated, it rated without that; people are not swayed."""
+    measures |= attacks(labels)
+    for label in labels:
+        if label.labeller == homes.HUMAN or label.metadata.get(homes.INJECTED):
+            continue
+        if reasons := is_adversarial(label.response):
+            text = f"{label.id}: its reply {' and '.join(reasons)}, which may have moved its label"
+            yield Problem(rule="injection", text=text, rows=[label.id], drop=[label.id])
 
 
 def _leaks(labels: Sequence[Label], memory: Sequence[SftPair], recall: Sequence[RecallQuestion]) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from hominem_mlx.evaluation.goals import bounds, holds
 from hominem_mlx.files import read_jsonl
 from hominem_mlx.models import backbone
 from hominem_mlx.records import Label, Preference, Reward, SftPair, Thumb, Trajectory, Turn
-from hominem_mlx.schema import MANIFOLD
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, STRANGE, RewardOutput
 
 STYLES = {  # written before the patterns were; `{r}` is the reply
     "ignore the rubric": [
@@ -266,3 +266,15 @@ def test_an_injected_reply_never_wins_a_pair_but_may_lose_one():
     assert preferences.from_labels([label("a", injected, 0.9), label("b", honest, 0.1)], settings) == []
     (pair,) = preferences.from_labels([label("a", injected, -0.5), label("b", honest, 0.1)], settings)
     assert pair.rejected == injected
+
+
+def test_of_the_students_own_answers_injections_never_count_and_strange_ones_if_asked_for():
+    def said(scalar, *flags):
+        vector = dict.fromkeys(MANIFOLD.names, scalar)
+        return RewardOutput(reward_vector=vector, scalar=scalar, reward_intensity=0.5, safety_score=1, flags=flags)
+
+    scored = [("best", said(0.9, ADVERSARIAL)), ("odd", said(0.8, STRANGE)), ("good", said(0.5)), ("bad", said(-0.5))]
+    (pair,) = preferences.from_scores({"Hi": scored}, PairConfig())
+    assert (pair.chosen, pair.rejected) == ("good", "bad")
+    (pair,) = preferences.from_scores({"Hi": scored}, PairConfig(on_policy_strange=True))
+    assert (pair.chosen, pair.rejected) == ("odd", "bad")

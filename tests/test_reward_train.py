@@ -16,7 +16,7 @@ from hominem_mlx.reward import train as training
 from hominem_mlx.reward.examine import compare
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import RewardModel
-from hominem_mlx.schema import MANIFOLD
+from hominem_mlx.schema import MANIFOLD, STRANGE
 
 K = len(MANIFOLD.names)
 SMALL = {"folds": 3, "members": 2, "layers": (0.0, 1.0), "poolings": ("mean", "gap")}
@@ -199,6 +199,19 @@ def test_rows_seen_in_other_company_before_change_nothing(registry, dataset, tin
 
 
 # --- honesty --------------------------------------------------------------------------------------------------------
+
+
+def test_enough_rows_teach_it_what_is_out_of_distribution(registry, dataset, tiny):
+    lm = tiny()
+    few = RewardModel.load(training.train(registry, dataset(corpus(12)), settings("lm"), lm=lm).folder, lm=lm)
+    made = training.train(registry, dataset(corpus(28)), settings("lm"), lm=lm)
+    model = RewardModel.load(made.folder, lm=lm)
+    assert few.distribution is None and model.distribution is not None
+    unseen = [(row.prompt, row.response) for row in corpus(10, seed=1, first=50)]
+    flagged = [STRANGE in output.flags for output in model.score_many(unseen)]
+    assert sum(flagged) <= 4  # 1 in 100 is meant
+    assert STRANGE in model.score("0x7f $$ @@", "ZZZZ %% QQQQ ## 0xff ~~ {}[] \n\n\t ;;;;").flags
+    assert training.train(registry, dataset(corpus(28)), settings("lm"), lm=lm).hash == made.hash
 
 
 def test_validation_rows_never_reach_the_head(registry, dataset, tiny):

@@ -121,6 +121,8 @@ class PairConfig(Section):
     """Longest of these answers."""
     on_policy_min_margin: NonNegative = 0.1
     """Smallest difference between the lower bound of the best and the value of the worst."""
+    on_policy_strange: bool = False
+    """Whether answers count that are unlike all that the reward model was trained on, so that it can only guess."""
     seed: int = 0
     """Seed of the cap and of sampling."""
 

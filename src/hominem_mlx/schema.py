@@ -16,6 +16,7 @@ from hominem_mlx.files import sha256_json
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Signed = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
 EMPTY, TRUNCATED = "empty_response", "truncated"  # the flags of a `RewardOutput`
+STRANGE, ADVERSARIAL = "out_of_distribution", "adversarial"
 
 
 class Dimension(BaseModel):
@@ -107,8 +108,10 @@ class RewardOutput(BaseModel):
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
     (>= 0, same unit; of scalar, intensity and safety too); `unclipped` the values before clipping; `width` half of the
     interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `flags` says
-    when a value deserves less trust: `empty_response`, `truncated`. `members` is what each bootstrap member says, in
-    the same order for every reply, so that differences can be taken member by member; it is not written out.
+    when a value deserves less trust: `empty_response`, `truncated`, `out_of_distribution` (further from the training
+    rows than 99 of 100 like them), `adversarial` (prompt or reply attacks a model or its judge, see `abuse.py`).
+    `members` is what each bootstrap member says, in the same order for every reply, so that differences can be taken
+    member by member; it is not written out.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -260,6 +260,11 @@ def pair(session: Session) -> None:
         f"{made.ref}: {metrics['train']} pairs to learn from, {metrics['valid']} to watch, {metrics['memory']} memories"
         f"{thumbs}. Next: hominem train dual"
     )
+    if untrusted := metrics.get("untrusted_answers"):
+        session.console.say(
+            f"Left out: {untrusted} answers of the student's that are unlike all that the reward model was trained on, "
+            "or hold an injection. Label answers of its own (data.student_candidates), or set pairs.on_policy_strange."
+        )
     if without := metrics.get("compared_without_label"):
         session.console.say(
             f"Left out: {without} compared pairs with a reply that has no label, so nothing says whether it is safe: "

@@ -52,6 +52,8 @@ def score(
         values |= {"reward_intensity": output.reward_intensity, "safety_score": output.safety_score}
         shown = [[name, value, output.uncertainty.get(name), output.width.get(name)] for name, value in values.items()]
         session.console.table(["", "value", "doubt", "9 of 10 within"], shown)
+        if output.flags:
+            session.console.say(f"Flags: {', '.join(output.flags)}")
         if why:
             from hominem_mlx.cli import highlight
             from hominem_mlx.files import write_atomic
@@ -61,9 +63,16 @@ def score(
                 write_atomic(Path(html), highlight.page(reasons["why"]))
         return
     session.console.table(
-        ["row", "scalar", "intensity", "safety", *outputs[0].reward_vector],
+        ["row", "scalar", "intensity", "safety", *outputs[0].reward_vector, "flags"],
         [
-            [number, output.scalar, output.reward_intensity, output.safety_score, *output.vector]
+            [
+                number,
+                output.scalar,
+                output.reward_intensity,
+                output.safety_score,
+                *output.vector,
+                ", ".join(output.flags),
+            ]
             for number, output in enumerate(outputs, 1)
         ],
     )

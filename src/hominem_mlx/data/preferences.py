@@ -13,7 +13,7 @@ from hominem_mlx.data.home import prompt_id
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Label, Preference, SftPair
-from hominem_mlx.schema import MANIFOLD, Generator, RewardOutput, Scorer
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, STRANGE, Generator, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 
 CHUNK = 32  # prompts answered and scored together
@@ -146,14 +146,16 @@ def from_scores(candidates: Mapping[str, Iterable[tuple[str, RewardOutput]]], co
     """One pair a prompt from scored candidates: the best by lower bound `R - u` against the worst by `R`.
 
     Args:
-        candidates: `(reply, score)` by prompt; equal replies count once, empty ones not at all.
-        config: `on_policy_min_margin` is what the bound of the best must have over the worst.
+        candidates: `(reply, score)` by prompt; equal replies count once, empty and untrusted ones not at all.
+        config: `on_policy_min_margin` is what the bound of the best must have over the worst, `on_policy_strange`
+            whether a reply counts of which the judge says that it knows nothing like it. An injection never counts.
 
     Returns: pairs sorted by id, with soft targets from rewards and uncertainties.
     """
     pairs = []
     for prompt, scored in candidates.items():
-        unique = sorted({reply: output for reply, output in scored if reply.strip()}.items())
+        trusted = {reply: output for reply, output in scored if reply.strip() and is_trusted(output, config)}
+        unique = sorted(trusted.items())
         if len(unique) < 2:
             continue
         best_reply, best = max(unique, key=lambda item: item[1].scalar - spread(item[1]))
@@ -181,6 +183,11 @@ def from_scores(candidates: Mapping[str, Iterable[tuple[str, RewardOutput]]], co
             )
         )
     return sorted(pairs, key=lambda pair: pair.id)
+
+
+def is_trusted(output: RewardOutput, config: PairConfig) -> bool:
+    """Whether something may be learnt from this score."""
+    return ADVERSARIAL not in output.flags and (config.on_policy_strange or STRANGE not in output.flags)
 
 
 def spread(output: RewardOutput) -> float:
@@ -225,6 +232,7 @@ def pair(
     parents = [labels]
     inputs: dict[str, str] = {}
     anchors: list[SftPair] = []
+    untrusted = 0
     if settings.on_policy:
         if generator is None or scorer is None:
             raise ConfigError(
@@ -232,7 +240,7 @@ def pair(
                 "train one first (`hominem train reward`), or set it to 0"
             )
         rows = dataset.read_labels(labels, "train")
-        made, anchors = _on_policy(rows, config, generator, scorer, progress)
+        made, anchors, untrusted = _on_policy(rows, config, generator, scorer, progress)
         pairs["train"] += made
         parents += [reward_model] if reward_model is not None else []
         inputs["generator"] = str(getattr(generator, "hash", None) or getattr(generator, "name", "unnamed"))
@@ -262,14 +270,18 @@ def pair(
             draft.metrics["thumbs"] = len(thumbs)
         if unlabelled:
             draft.metrics["compared_without_label"] = unlabelled
+        if untrusted:
+            draft.metrics["untrusted_answers"] = untrusted
     registry.use(draft.published, pointer="pairs")
     return draft.published
 
 
 def _on_policy(
     rows: Sequence[Label], config: Config, generator: Generator, scorer: Scorer, progress: Progress | None
-) -> tuple[list[Preference], list[SftPair]]:
-    """Pairs of the student's own replies to the prompts of `rows`, and one a prompt as it came (an anchor)."""
+) -> tuple[list[Preference], list[SftPair], int]:
+    """Pairs of the student's own replies to the prompts of `rows`, one a prompt as it came (an anchor), and how many
+    replies are in no pair because their score is flagged.
+    """
     known = {row.prompt: row for row in rows}
     prompts = sorted(known)
     samples = config.pairs.on_policy
@@ -296,4 +308,5 @@ def _on_policy(
         pair.model_copy(update={"prompt_id": known[pair.prompt].prompt_id, "category": known[pair.prompt].category})
         for pair in from_scores(candidates, config.pairs)
     ]
-    return made, anchors
+    outputs = [output for scored in candidates.values() for _, output in scored]
+    return made, anchors, sum(not is_trusted(output, config.pairs) for output in outputs)

@@ -11,22 +11,25 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import home_folder, load_config
 from hominem_mlx.errors import InputError, ModelError
 from hominem_mlx.files import explain, read_json, sha256_bytes, sha256_json, write_json
 from hominem_mlx.models import backbone as backbones
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
+from hominem_mlx.reward.distribution import Distribution
 from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
-from hominem_mlx.schema import EMPTY, MANIFOLD, Manifold, RewardOutput
+from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
 WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the prediction
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
 GATE = "gate.safetensors"
+DISTRIBUTION = "distribution.safetensors"  # not there in models of few rows, of n-grams, and older ones
 GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
 
 
@@ -59,8 +62,9 @@ class RewardModel:
         gate: Gate | None = None,
         lm: LanguageModel | None = None,
         home: Path | None = None,
+        distribution: Distribution | None = None,
     ):
-        self.card, self.head, self.gate = card, head, gate
+        self.card, self.head, self.gate, self.distribution = card, head, gate, distribution
         self._features, self._lm, self._home = features, lm, home
 
     # --- judging ---------------------------------------------------------------------------------------------------
@@ -80,13 +84,15 @@ class RewardModel:
         if said:
             features, flags = self.features.read([pairs[index] for index in said])
             values, members = self.predict(features)
-            weights = self.weights(features)
+            weights, strange = self.weights(features), self.is_strange(features)
             for place, index in enumerate(said):
                 if EMPTY not in flags[place]:
                     said_by = self._named(members[:, place], weights[place])
+                    named = flags[place] + (STRANGE,) * bool(strange[place])
+                    named += (ADVERSARIAL,) * any(map(is_adversarial, pairs[index]))
                     longer = log_length(pairs[index][1]) - self.card.scalar.log_length
                     outputs[index] = self._output(
-                        values[place], _spread(said_by), flags[place], said_by, weights[place], longer
+                        values[place], _spread(said_by), named, said_by, weights[place], longer
                     )
         return outputs
 
@@ -107,6 +113,16 @@ class RewardModel:
         if self.card.scalar.temperature is None:
             return None
         return float(1 / (1 + np.exp(np.clip((other.scalar - one.scalar) / self.card.scalar.temperature, -50, 50))))
+
+    def is_strange(self, features: np.ndarray) -> np.ndarray:
+        """Which rows of features `[N, F]` are out of distribution, bool `[N]`; none where the model cannot tell."""
+        if self.distribution is None:
+            return np.zeros(len(features), bool)
+        return self.distribution.is_strange((features - self._moments[0]) / self._moments[1])
+
+    @functools.cached_property
+    def _moments(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.head.feature_mean), np.array(self.head.feature_scale)
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`."""
@@ -146,6 +162,7 @@ class RewardModel:
         """Digest of everything a score hangs on: equal fingerprints, equal scores on one machine."""
         arrays = tree_flatten(self.head.parameters()) + (tree_flatten(self.gate.parameters()) if self.gate else [])
         digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
+        digests |= {"distribution": self.distribution.digest} if self.distribution is not None else {}
         return sha256_json({"card": self.card.model_dump(mode="json"), "arrays": digests})
 
     def _open(self) -> Backbone:
@@ -215,6 +232,8 @@ class RewardModel:
         mx.save_safetensors(str(folder / HEAD), dict(tree_flatten(self.head.parameters())))
         if self.gate is not None:
             mx.save_safetensors(str(folder / GATE), dict(tree_flatten(self.gate.parameters())))
+        if self.distribution is not None:
+            self.distribution.save(folder / DISTRIBUTION)
         if isinstance(self._features, NgramFeatures):
             pieces = {"pieces": self._features.vocabulary, "idf": self._features.idf.tolist()}
             write_json(folder / VOCABULARY, pieces)
@@ -252,7 +271,9 @@ class RewardModel:
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
         head = _read_head(folder / HEAD, card, ngram)
         gate = _read_gate(folder / GATE, card, head.weight.shape[0]) if (folder / GATE).exists() else None
-        return cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder))
+        there = (folder / DISTRIBUTION).exists()
+        distribution = Distribution.load(folder / DISTRIBUTION, head.weight.shape[0]) if there else None
+        return cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder), distribution=distribution)
 
 
 def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from hominem_mlx.metrics import pair_accuracy
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
+from hominem_mlx.reward import distribution as distributions
 from hominem_mlx.reward import head as heads
 from hominem_mlx.reward.examine import (
     CLEAR,
@@ -322,6 +323,7 @@ def _fit(
     groups = [row.prompt_id for row in labels]
     outputs = (*MANIFOLD.names, *EXTRA)
     card: dict = {"manifold": MANIFOLD, "outputs": outputs}
+    distribution = None
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
         fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members, standardise=False)
@@ -333,11 +335,15 @@ def _fit(
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings}
         made = backbone
+        if members:  # who says how unsure it is also says what it does not know
+            z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
+            distribution = distributions.fit(z, groups, folds=config.reward.folds, seed=config.reward.seed)
     made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config)
     penalties = dict(zip(outputs, fitted.penalties, strict=True))
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
-    return RewardModel(Card(**card, penalties=penalties, width=width, scalar=made_of), fitted.head, made, gate=gate)
+    card |= {"penalties": penalties, "width": width, "scalar": made_of}
+    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution)
 
 
 def _scalar(

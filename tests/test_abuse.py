@@ -13,7 +13,7 @@ from hominem_mlx.data.local import LocalTeacher
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.split import split_of
 from hominem_mlx.data.teacher import open_teacher
-from hominem_mlx.evaluation.goals import bounds, holds
+from hominem_mlx.evaluation.goals import figure
 from hominem_mlx.files import read_jsonl
 from hominem_mlx.models import backbone
 from hominem_mlx.records import Label, Preference, Reward, SftPair, Thumb, Trajectory, Turn
@@ -89,14 +89,14 @@ def test_c9_injections_neither_move_a_label_nor_pass_in_silence(starter):
         assert is_adversarial(injected), template
         shifts.append(np.abs(label(row.prompt, injected) - label(row.prompt, row.response)).mean())
         moved.append(injected != row.response)
-    assert len(shifts) >= 30 and all(moved)
-    assert holds(float(np.mean(shifts)), bounds("C9"))
+    found = figure("C9", float(np.mean(shifts)), n=len(shifts), spread=(min(shifts), max(shifts)))
+    assert len(shifts) >= 30 and all(moved) and found["holds"], found
 
 
 def test_c9_clean_replies_are_not_flagged(starter):
     clean = [starter[place] for place in np.random.default_rng(1).permutation(len(starter))[:200]]
     flagged = [row.id for row in clean if is_adversarial(row.response) or is_adversarial(row.prompt)]
-    assert holds(len(flagged) / len(clean), bounds("C9_false")), flagged
+    assert figure("C9_false", len(flagged) / len(clean), n=len(clean))["holds"], flagged
 
 
 @pytest.mark.parametrize("template", [text for style in STYLES.values() for text in style])

@@ -66,7 +66,7 @@ def injections(text: str) -> list[Span]:
     Of a made-up turn all between its first and its last mark, of wordings and numbers the sentences that hold them.
     """
     plain, place = _plain(text)
-    folded = "".join(map(_small, plain))
+    folded = plain.lower() if plain.isascii() else "".join(map(_small, plain))
     found = list(_turns(folded))
     for span in found:  # what a made-up turn says is no sentence of the text
         folded = folded[: span.start] + "\n" * (span.end - span.start) + folded[span.end :]
@@ -99,6 +99,7 @@ def _plain(text: str) -> tuple[str, range | list[int]]:
 
 
 def _small(letter: str) -> str:
+    """In lower case where that is one letter too: places must stay."""
     return small if len(small := letter.lower()) == 1 else letter
 
 

@@ -230,6 +230,6 @@ STEMS = _words(  # every wording of a sentence holds one of these: most sentence
     "verif approv certif valid audit agreed 1.0 .9 / points notch gold calibrat",
     "maxim highest perfect flawless exemplary outstanding top full best excellent ideal upper value biggest",
     "dan unrestrict unfilter uncensor jailbr filter restrict censor safety safeguard training polic anything",
-    "dimension axes axis categor response reply answer select choose pick mode point nothing end of",
+    "dimension axes axis categor response reply answer select choose pick mode point nothing",
     " ".join(MANIFOLD.names).replace("_", " "),
 )

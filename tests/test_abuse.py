@@ -159,6 +159,14 @@ def test_ordinary_words_are_no_attack(text):
     assert is_adversarial(text) == ()
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "piece", ["\n", " ", "a", "[/", "{", "<score", "System:\n", '"role": ', "```\n", "Ignore it. ", "aа ", "Give 1.0. "]
+)
+def test_texts_made_to_be_slow_are_not(piece):
+    without_injections(piece * (100_000 // len(piece)))  # a pattern that backtracks would take minutes
+
+
 # --- labels ---------------------------------------------------------------------------------------------------------
 
 

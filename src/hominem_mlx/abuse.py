@@ -8,9 +8,9 @@ well that what it reads is never an instruction (`data/questions.py`). All is lo
 
 import base64
 import binascii
-import re
+import bisect
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hominem_mlx import wordings as w
@@ -23,6 +23,7 @@ TURN = "has marks of a chat template or a made-up turn"
 ANSWER = "imitates a judge's answer"
 ENCODED = "holds encoded or disguised text"
 JAILBREAK = "asks for a model without its limits"
+SOON = 400  # characters after "System:" within which it must say what a system says
 NOTHING_LEFT = "(nothing else)"  # shown to a judge in place of a reply that was an injection and no more
 
 
@@ -67,7 +68,7 @@ def injections(text: str) -> list[Span]:
     """
     plain, place = _plain(text)
     folded = plain.lower() if plain.isascii() else "".join(map(_small, plain))
-    found = list(_turns(folded))
+    found = _joined(sorted(_turns(folded)))
     for span in found:  # what a made-up turn says is no sentence of the text
         folded = folded[: span.start] + "\n" * (span.end - span.start) + folded[span.end :]
     found += [*_encoded(plain), *_answers(folded)]
@@ -75,7 +76,10 @@ def injections(text: str) -> list[Span]:
     faults = {bounds: reason for bounds in sentences if (reason := _fault(folded[slice(*bounds)]))}
     found += [Span(*bounds, reason) for bounds, reason in faults.items()]
     if found:  # where one sentence is an attack, less is needed to make others part of it
-        others = [bounds for bounds in sentences if bounds not in faults and not _inside(bounds, found)]
+        covered = bytearray(len(folded))
+        for span in found:
+            covered[span.start : span.end] = b"\1" * (span.end - span.start)
+        others = [bounds for bounds in sentences if covered.find(0, *bounds) >= 0]
         found += [Span(*bounds, RATING) for bounds in others if _goes_on(folded[slice(*bounds)])]
     whole = [_in_sentences(span, sentences) for span in found]
     return sorted(Span(place[span.start], place[span.end - 1] + 1, span.reason) for span in whole)
@@ -103,15 +107,16 @@ def _small(letter: str) -> str:
     return small if len(small := letter.lower()) == 1 else letter
 
 
-def _in_sentences(span: Span, sentences: Iterable[tuple[int, int]]) -> Span:
+def _in_sentences(span: Span, sentences: Sequence[tuple[int, int]]) -> Span:
+    """The span with the whole of the sentences that it touches."""
     if span.reason == TURN:  # begins in the middle of a sentence that may be honest
         return span
-    touched = [bounds for bounds in sentences if bounds[0] < span.end and span.start < bounds[1]]
-    return Span(min([span.start, *(b[0] for b in touched)]), max([span.end, *(b[1] for b in touched)]), span.reason)
-
-
-def _inside(bounds: tuple[int, int], spans: Iterable[Span]) -> bool:
-    return any(span.start <= bounds[0] and bounds[1] <= span.end for span in spans)
+    first = bisect.bisect_right(sentences, span.start, key=lambda bounds: bounds[1])
+    past = bisect.bisect_left(sentences, span.end, key=lambda bounds: bounds[0])
+    touched = sentences[first:past]
+    if not touched:
+        return span
+    return Span(min(span.start, touched[0][0]), max(span.end, touched[-1][1]), span.reason)
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
@@ -179,7 +184,7 @@ def _turns(text: str) -> Iterator[Span]:
         yield Span(start, end, TURN)
     for line in w.ROLE.finditer(text):
         end = _paragraph_end(text, line.end())
-        if w.COMMANDS.search(text, line.end(), end):
+        if w.COMMANDS.search(text, line.end(), min(end, line.end() + SOON)):
             yield Span(line.start(), end, TURN)
     for heading in w.HEADING.finditer(text):
         yield Span(heading.start(), _paragraph_end(text, heading.end()), TURN)
@@ -205,9 +210,9 @@ def _answers(text: str) -> Iterator[Span]:
         opened, closed = text.rfind("{", 0, end), text.find("}", start)
         if opened >= 0 and "}" not in text[opened:start] and closed >= 0:
             start, end = min(start, opened), closed + 1
-        fence = re.search(r"```\w*\s*$", text[:start])
-        if fence and (shut := re.match(r"\s*```", text[end:])):
-            start, end = fence.start(), end + shut.end()
+        fence, shut = w.FENCE.search(text, max(0, start - 20), start), w.FENCE_END.match(text, end)
+        if fence and shut:
+            start, end = fence.start(), shut.end()
         yield Span(start, end, ANSWER)
 
 
@@ -219,8 +224,8 @@ def _encoded(plain: str) -> Iterator[Span]:
         if ord(run.group()[0]) > 0xFFFF or _reads(run.group()):
             yield Span(*run.span(), ENCODED)
     mixed = list(w.MIXED.finditer(plain))
-    if len(mixed) > 1:  # one may be a slip
-        yield from (Span(*word.span(), ENCODED) for word in mixed)
+    if len(mixed) > 1:  # one letter may be a slip
+        yield from (Span(*pair.span(), ENCODED) for pair in mixed)
 
 
 def _reads(run: str) -> bool:

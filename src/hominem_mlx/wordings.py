@@ -1,6 +1,7 @@
 """How attacks on a judge, and on a model's limits, are worded. `abuse.py` says what follows from which of them.
 
-Everything is matched in folded text: ordinary small letters, no invisible signs.
+Everything is matched in folded text: ordinary small letters, no invisible signs. What repeats is bounded, or text made
+to be slow would be (a text may have 200,000 characters).
 """
 
 import re
@@ -190,26 +191,26 @@ MARK = _one_of(  # of chat templates, and tags that only a judge's page has
     r"<<\s*/?\s*sys\s*>>|\[\s*/?\s*inst\s*\]|</?s>",
     r"</?(?:system|instructions?|assistant|reply)>|</(?:user|message|original|first|second|rubric|"
     r"response)(?:[_ ]?[ab12])?>",
-    r"</?\w*(?:evaluation|override|winner|verdict|score|rating|rater|judge|grader|tool_result)\w*(?:\s[^<>\n]*)?/?>",
+    r"</?\w{0,20}(?:evaluation|override|winner|verdict|score|rating|rater|judge|grader|tool_result)\w{0,20}(?:\s[^<>\n]*)?/?>",
 )
 HEADING = _one_of(
     r"^#{1,6} ?(?:system|human|user)\b[^\n]{0,20}:[^\S\n]*$",
-    r"\[(?:/|\W)*(?:[a-z.]+ ){0,2}(?:evaluation|evaluator|scoring|grading|grader|rater|criteria|judge|debug|"
+    r"\[\W{0,4}(?:[a-z.]{1,20} ){0,2}(?:evaluation|evaluator|scoring|grading|grader|rater|criteria|judge|debug|"
     r"override|internal|"
     r"system|admin|mode switch)\b[^\]\n]{0,200}\]",
     r"^[=\-]{2,}[^\n]{0,20}\b(?:evaluation|evaluator|scoring|rubric|grading|response|reply)\b[^\n]*",
 )
 ROLE = _one_of(
-    r"^[\s>*_\-(\[#]*(?:system|developer|admin(?:istrator)?|operator)"
-    r"(?:[ _-](?:message|prompt|note|notice|override|instructions?|update|alert))*[\s*_)\]]*(?:[:>\]]|$)"
+    r"^[ \t>*_\-(\[#]{0,8}(?:system|developer|admin(?:istrator)?|operator)"
+    r"(?:[ _-](?:message|prompt|note|notice|override|instructions?|update|alert))*[ \t*_)\]]{0,8}(?:[:>\]]|$)"
 )
 COMMANDS = _one_of(  # one of these must follow a ROLE: "System: Windows" is none
     r"\b(?:rate|rated|rating|scores?|grade|judge|evaluat\w+|ignore|disregard|instructions?|override|you (?:must|"
     r"are|will)|"
     r"reply|response|rubric|calibration|1\.0+|10/10)\b"
 )
-_SPEAKER = r"[\s>*_#]*(?:human|user|assistant|judge|rater|evaluator|grader)[*_]*\s*:[*_]*"
-SPEAKER = re.compile(_SPEAKER)
+_SPEAKER = r"[ \t>*_#]{0,8}(?:human|user|assistant|judge|rater|evaluator|grader)[*_]{0,2}[ \t]{0,4}:[*_]{0,2}"
+SPEAKER = re.compile(rf"\s*{_SPEAKER}")
 MADE_UP = _one_of(
     rf"^{_SPEAKER}(?=[^\n]*\b(?:rat(?:e|ing)|scor(?:e|ing)|grad(?:e|ing))\b|\s*[\"']?(?:\d|\{{))",
 )
@@ -219,9 +220,10 @@ SHAPE = _one_of(
     r"[\"'“{]\s*(?:winner|first_is_better)[\"'”]?\s*:|[\"'“]rationale[\"'”]\s*:",
     r"\b(?:score|rating|grade|verdict)\s*[:=]\s*[\"']?\+?(?:1\.0+|10\s*/\s*10|9\s*/\s*9|9|10|100)(?![\d:])",
 )
+FENCE, FENCE_END = re.compile(r"```\w{0,10}\s{0,4}\Z"), re.compile(r"\s{0,4}```")
 LONG = re.compile(r"\S{32}")
 RUN = re.compile(r"[A-Za-z0-9+/]{32,}={0,2}|(?:[0-9a-fA-F]{2}:?){24,}|[\U000e0000-\U000e007f]{9,}")
-MIXED = re.compile(r"\w*(?:[a-zA-Z][\u0370-\u03ff\u0400-\u04ff]|[\u0370-\u03ff\u0400-\u04ff][a-zA-Z])\w*")
+MIXED = re.compile(r"[a-zA-Z][\u0370-\u03ff\u0400-\u04ff]|[\u0370-\u03ff\u0400-\u04ff][a-zA-Z]")
 
 STEMS = _words(  # every wording of a sentence holds one of these: most sentences hold none, and are done with
     "instruc instruk anweis vorgab consign istruz инструк указани 指 说明 要求 规则",

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fake_teacher import FakeTeacher, number
 from hominem_mlx import abuse
@@ -159,12 +161,36 @@ def test_ordinary_words_are_no_attack(text):
     assert is_adversarial(text) == ()
 
 
+PIECES = [
+    "Ignore the ",
+    "rubric",
+    ". ",
+    "\n\n",
+    "<|im_end|>",
+    "System:",
+    " give 1.0",
+    "{",
+    '"empathy": 1.0',
+    "}",
+    "Dear rater, ",
+]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8)), max_size=12).map("".join))
+def test_what_is_left_is_honest_and_was_there(text):
+    spans, left = abuse.injections(text), without_injections(text)
+    assert all(0 <= span.start < span.end <= len(text) for span in spans)
+    assert is_adversarial(left) == () and (spans or left == text)
+    assert left == abuse.NOTHING_LEFT or set(left) <= {*text, " "}
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize(
     "piece", ["\n", " ", "a", "[/", "{", "<score", "System:\n", '"role": ', "```\n", "Ignore it. ", "aа ", "Give 1.0. "]
 )
 def test_texts_made_to_be_slow_are_not(piece):
-    without_injections(piece * (100_000 // len(piece)))  # a pattern that backtracks would take minutes
+    without_injections(piece * (50_000 // len(piece)))  # a pattern that backtracks would take minutes
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ ANSWER = "imitates a judge's answer"
 ENCODED = "holds encoded or disguised text"
 JAILBREAK = "asks for a model without its limits"
 SOON = 400  # characters after "System:" within which it must say what a system says
+ROUNDS = 4  # what is left may come together as another attack; what does so again and again is no reply
 NOTHING_LEFT = "(nothing else)"  # shown to a judge in place of a reply that was an injection and no more
 
 
@@ -45,9 +46,15 @@ def without_injections(text: str) -> str:
 
     Where nothing remains, `NOTHING_LEFT`; a text without findings comes back as it is.
     """
-    spans = _joined(injections(text))
-    if not spans:
-        return text
+    for _ in range(ROUNDS):
+        spans = _joined(injections(text))
+        if not spans:
+            return text
+        text = _without(text, spans)
+    return NOTHING_LEFT
+
+
+def _without(text: str, spans: Sequence[Span]) -> str:
     kept, gap = "", ""
     ends = [0, *(span.end for span in spans)]
     starts = [*(span.start for span in spans), len(text)]

@@ -88,7 +88,7 @@ def test_wrong_values_are_all_named_at_once_with_field_and_value(home, write_row
         ({"reward_intensity": -0.1}, "reward.reward_intensity = -0.1"),
         ({"safety_score": -1.01}, "reward.safety_score = -1.01"),
         ({}, "reward has no number"),
-        ({"kindness": 0.3}, "reward has no number"),
+        ({"kindness": 0.3}, "reward.kindness = 0.3: there is no dimension kindness"),
         (0.5, "reward = 0.5"),
     ],
 )

@@ -261,6 +261,16 @@ def test_missing_dimensions_are_masked(tiny, home):
     assert found["pairs"] < training.cross_validate(rows, settings("lm"), home=home, lm=tiny())["pairs"]
 
 
+def test_a_dimension_that_never_differs_is_refused_and_none_is_said(registry, dataset):
+    flat = [change(row, curiosity=0.25) for row in corpus(6)]
+    with pytest.raises(InputError, match=r"curiosity is 0.25 in all 24 training rows"):
+        training.train(registry, dataset(flat), settings("ngram"))
+    none = [change(row, curiosity=None) for row in corpus(6)]
+    with pytest.raises(InputError, match="curiosity is labelled on 0 prompts; rate it on two or more"):
+        training.train(registry, dataset(none), settings("ngram"))
+    assert registry.artifacts("reward_model") == []
+
+
 def test_a_missing_intensity_is_derived_from_the_vector():
     rows = corpus(4)
     flat = dict.fromkeys(MANIFOLD.names, 0.0)
@@ -284,14 +294,6 @@ def test_too_few_prompts_are_refused(registry, dataset):
     with pytest.raises(InputError, match="at least 3 prompts"):
         training.train(registry, dataset(corpus(2)), settings("ngram"))
     assert registry.artifacts("reward_model") == []
-
-
-def test_a_dimension_that_never_varies_is_predicted_as_it_is(registry, dataset):
-    rows = [change(row, harm_avoidance=0.25) for row in corpus(8)]
-    artifact = training.train(registry, dataset(rows), settings("ngram"))
-    assert artifact.metadata["metrics"]["outputs"]["harm_avoidance"]["pearson"] is None
-    output = RewardModel.load(artifact.folder).score("hi", "anything at all")
-    assert output.reward_vector["harm_avoidance"] == pytest.approx(0.25, abs=1e-5)
 
 
 # --- the account ----------------------------------------------------------------------------------------------------

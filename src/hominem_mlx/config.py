@@ -5,6 +5,7 @@ key is an error that names the nearest known one. The resolved values go into ev
 """
 
 import difflib
+import functools
 import os
 import re
 import tomllib
@@ -12,16 +13,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import explain, read_text, shown
-from hominem_mlx.schema import Signed
+from hominem_mlx.schema import COMMON, FULL, SEVEN, Dimension, Manifold, Signed
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3, max_length=500)]
+
+TAKEN = {  # names of other numbers: in labels, in answers of raters, in looks on the way of a training
+    *("scalar", "reward_intensity", "intensity", "safety_score", "safety", "rationale", "first_is_better"),
+    *("step", "row", "reward", "audit", "recall", "kl", "tokens", "distinct2", "strange", "unfinished"),
+}
 
 
 class Section(BaseModel):
@@ -44,6 +51,57 @@ class Student(Section):
     """Reward model to judge with: `current` or a version."""
     system: str | None = None
     """System prompt put before every conversation, in training and in chat alike."""
+
+
+class OwnDimension(Section):
+    """A dimension of a person's own; `docs/REWARD_MANIFOLD.md` shows one from the block to the reward model."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{1,39}$")]
+    """Key of its numbers in label files: small letters, digits and _."""
+    rubric: Phrase
+    """What a rater asks of the reply, as one question."""
+    bad: Phrase
+    """What earns the lowest number."""
+    good: Phrase
+    """What earns the highest number."""
+    range: tuple[Signed, Signed] = FULL
+    """Lowest and highest number, within [-1, 1]: (stars - 3) / 2 makes that of one to five stars."""
+    weight: NonNegative = 1.0
+    """Its part of the overall preference; each of the seven has 1."""
+
+    @model_validator(mode="after")
+    def _can_stand_beside_the_seven(self):
+        if self.name in COMMON or self.name in TAKEN:
+            raise ValueError(f"{self.name} means something here already; choose another name")
+        if not self.range[0] < self.range[1]:
+            raise ValueError(f"range = {list(self.range)}: the first number must be below the second")
+        return self
+
+
+class ManifoldConfig(Section):
+    """What replies are judged on: seven dimensions, and those you add, each in a block [[manifold.dimension]]."""
+
+    dimension: tuple[OwnDimension, ...] = ()
+    """Name, rubric, bad, good, and if you like range and weight of each: docs/REWARD_MANIFOLD.md, "A dimension of your
+    own"."""
+
+    @model_validator(mode="after")
+    def _each_name_once(self):
+        names = [own.name for own in self.dimension]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"the dimension {', '.join(twice)} is there twice; keep one block of it")
+        return self
+
+    @functools.cached_property
+    def in_use(self) -> Manifold:
+        """The seven dimensions and the person's own after them."""
+        own = [
+            Dimension(
+                name=own.name, question=own.rubric, low=own.bad, high=own.good, weight=own.weight, range=own.range
+            )
+            for own in self.dimension
+        ]
+        return Manifold(dimensions=(*SEVEN, *own))
 
 
 class Inference(Section):
@@ -393,6 +451,7 @@ class Config(Section):
     """All tables together; `Config()` is a working default that never leaves the machine."""
 
     student: Student = Student()
+    manifold: ManifoldConfig = ManifoldConfig()
     inference: Inference = Inference()
     teacher: TeacherConfig = TeacherConfig()
     data: DataConfig = DataConfig()
@@ -505,7 +564,12 @@ def _mistakes(values: dict) -> Iterator[tuple[Keys, str]]:
     try:
         Config.model_validate(clean)
     except ValidationError as error:
-        yield from ((item["loc"][:2], reason) for item, reason in zip(error.errors(), explain(error), strict=True))
+        for item, reason in zip(error.errors(), explain(error), strict=True):
+            within, place = item["loc"][-1:], ".".join(map(str, item["loc"]))
+            if item["type"] == "extra_forbidden":
+                reason = f"unknown key {place} = {_shown(str(within[0]), item['input'])}"
+                reason += _nearest(str(within[0]), OwnDimension.model_fields)
+            yield item["loc"][: -1 if item["type"] == "missing" else None], reason
 
 
 def _shown(key: str, value: object) -> str:
@@ -524,7 +588,7 @@ def _line_of(keys: Keys, path: Path) -> int:
         except tomllib.TOMLDecodeError:
             continue  # within a value of several lines
         for key in keys:
-            if not isinstance(value, dict) or key not in value:
+            if not (key in value if isinstance(value, dict) else isinstance(value, list) and key in range(len(value))):
                 break
             value = value[key]
         else:

@@ -210,7 +210,13 @@ def read_json(path: Path):
 
 
 def read_jsonl(
-    path: Path, model: type[Record], *, unique: str | None = "id", may_be_empty: bool = False, torn_tail: bool = False
+    path: Path,
+    model: type[Record],
+    *,
+    unique: str | None = "id",
+    may_be_empty: bool = False,
+    torn_tail: bool = False,
+    context: dict | None = None,
 ) -> list[Record]:
     """All records of a JSONL file, or one `InputError` naming every bad line.
 
@@ -220,13 +226,14 @@ def read_jsonl(
         unique: a field whose values must not repeat, or None.
         may_be_empty: whether no rows is fine.
         torn_tail: drop a last line without newline instead of complaining: it is what a killed writer of ours leaves.
+        context: what the record's validators look into, such as the manifold of a label.
     """
     values, problems = read_objects(path, torn_tail=torn_tail)
     rows: list[Record] = []
     seen: dict[object, str] = {}
     for where, value in values:
         try:
-            row = model.model_validate(value)
+            row = model.model_validate(value, context=context)
         except ValidationError as error:
             problems += [f"{where}: {reason}" for reason in explain(error)]
             continue

@@ -7,9 +7,10 @@ so that files of theirs load here and ours load there. Values that cannot be rig
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from hominem_mlx.schema import MANIFOLD, Manifold, Signed, Unit
+from hominem_mlx.schema import COMMON, MANIFOLD, Manifold, Signed, Unit
 
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
 Id = Annotated[str, Field(min_length=1, max_length=200)]
@@ -76,8 +77,14 @@ class Reply(Record):
 
 
 class Reward(Record):
-    """The labelled numbers of one reply. Missing dimensions are None: masked in training, never read as 0."""
+    """The labelled numbers of one reply. Missing dimensions are None: masked in training, never read as 0.
 
+    Dimensions that a person added are further keys. Validated with `context={"manifold": ...}` they must be dimensions
+    of that manifold and lie in their range.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Signed | None]
     empathy: Signed | None = None
     social_coherence: Signed | None = None
     agency_support: Signed | None = None
@@ -89,16 +96,44 @@ class Reward(Record):
     reward_intensity: Unit | None = None
     safety_score: Signed | None = None
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _own_dimensions_are_known(cls, value: Any, build, info: ValidationInfo):
+        manifold = (info.context or {}).get("manifold")
+        if manifold is not None and isinstance(value, dict):
+            given = [name for name in value if name not in cls.model_fields and value[name] is not None]
+            faults = {name: fault for name in given if (fault := _fault(name, value[name], manifold))}
+            if faults:
+                told = [
+                    InitErrorDetails(type=PydanticCustomError("dimension", fault), loc=(name,), input=value[name])
+                    for name, fault in faults.items()
+                ]
+                raise ValidationError.from_exception_data(cls.__name__, told)
+        return build(value)
+
+    @property
+    def own(self) -> dict[str, float]:
+        """The numbers in dimensions that the person added."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+
+    def number(self, name: str) -> float | None:
+        """One number by its name; None where there is no label."""
+        return getattr(self, name) if name in type(self).model_fields else self.own.get(name)
+
     def vector(self, manifold: Manifold = MANIFOLD) -> list[float | None]:
         """Dimension values `[K]` in manifold order; None where there is no label."""
-        return [getattr(self, name) for name in manifold.names]
+        return [self.number(name) for name in manifold.names]
 
     def overall(self, manifold: Manifold = MANIFOLD) -> float | None:
-        """The rater's own scalar, else the weighted mean of the dimensions, else None."""
+        """The rater's own scalar, else the weighted mean of the dimensions, else None.
+
+        Dimensions that the person added are part of that mean where they have a label; the seven all must.
+        """
         if self.scalar is not None:
             return self.scalar
-        vector = [value for value in self.vector(manifold) if value is not None]
-        return manifold.scalar(vector) if len(vector) == len(manifold.names) else None
+        vector = self.vector(manifold)
+        holes = [name for name, value in zip(manifold.names, vector, strict=True) if value is None]
+        return None if COMMON.intersection(holes) else manifold.scalar(vector)
 
 
 class Label(Record):
@@ -221,3 +256,18 @@ class Fixture(Record):
     better: str | None = None
     worse: str | None = None
     why: str = ""
+
+
+def _fault(name: str, value: object, manifold: Manifold) -> str:
+    """What is wrong with a number in a dimension that is none of the seven; empty when nothing is."""
+    dimension = next((each for each in manifold.dimensions if each.name == name), None)
+    if dimension is None:
+        return (
+            f"there is no dimension {name}; take the number out, or say in hominem.toml what it means, with a block "
+            f'[[manifold.dimension]] of the lines name = "{name}", rubric = "...", bad = "...", good = "..." '
+            "(docs/REWARD_MANIFOLD.md)"
+        )
+    low, high = dimension.range
+    if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:
+        return f"the range of {name} is {low:g} to {high:g}"
+    return ""

@@ -6,21 +6,22 @@ and `safety_score` in [-1, 1] (whether it is safe to learn from the text at all;
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Annotated, Protocol, runtime_checkable
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
 from hominem_mlx.files import sha256_json
 
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Signed = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+FULL = (-1.0, 1.0)
 EMPTY, TRUNCATED = "empty_response", "truncated"  # the flags of a `RewardOutput`
 STRANGE, ADVERSARIAL = "out_of_distribution", "adversarial"
 
 
 class Dimension(BaseModel):
-    """One axis of the manifold; `low` and `high` are what a rater reads beside -1 and +1."""
+    """One axis of the manifold; `low` and `high` are what a rater reads beside the two ends of its range."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -28,6 +29,15 @@ class Dimension(BaseModel):
     low: str
     high: str
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    range: tuple[Signed, Signed] = FULL
+
+    @model_serializer(mode="wrap")
+    def _as_before_ranges(self, serialise) -> dict[str, Any]:
+        """Without the range that nearly all have, so that what was made before there were others keeps its hash."""
+        fields = serialise(self)
+        if self.range == FULL:
+            fields.pop("range", None)
+        return fields
 
 
 SEVEN = (
@@ -88,17 +98,46 @@ class Manifold(BaseModel):
         """Dimension names in order; `K` of them."""
         return tuple(dimension.name for dimension in self.dimensions)
 
+    @property
+    def own(self) -> tuple[Dimension, ...]:
+        """The dimensions that the person added to the seven."""
+        return tuple(dimension for dimension in self.dimensions if dimension.name not in COMMON)
+
+    @property
+    def common(self) -> "Manifold":
+        """The manifold without them."""
+        return self.without([dimension.name for dimension in self.own])
+
+    def without(self, names: Collection[str]) -> "Manifold":
+        """The manifold without some dimensions; itself where it has none of them."""
+        kept = tuple(dimension for dimension in self.dimensions if dimension.name not in names)
+        return self if kept == self.dimensions else Manifold(version=self.version, dimensions=kept)
+
     @functools.cached_property
     def hash(self) -> str:
         """Content hash, stored with everything that was made for this manifold."""
         return sha256_json(self.model_dump(mode="json"))[:16]
 
-    def scalar(self, vector: Sequence[float]) -> float:
-        """Overall preference: the weighted mean of `[K]` dimension values, in [-1, 1]."""
-        total = sum(dimension.weight for dimension in self.dimensions)
-        return sum(d.weight * value for d, value in zip(self.dimensions, vector, strict=True)) / total
+    def scalar(self, vector: Sequence[float | None]) -> float:
+        """Overall preference: the weighted mean of `[K]` dimension values, in [-1, 1]; None is left out of it."""
+        there = [(d.weight, value) for d, value in zip(self.dimensions, vector, strict=True) if value is not None]
+        return sum(weight * value for weight, value in there) / sum(weight for weight, _ in there)
+
+    def differences(self, other: "Manifold") -> list[str]:
+        """What differs in `other`, a few words a dimension, for an error message."""
+        mine, theirs = ({d.name: d for d in manifold.dimensions} for manifold in (self, other))
+        told = [f"{name} is new" for name in theirs if name not in mine]
+        told += [f"{name} is gone" for name in mine if name not in theirs]
+        told += [
+            f"{name} has another {field}"
+            for name, dimension in mine.items()
+            for field in type(dimension).model_fields
+            if name in theirs and getattr(dimension, field) != getattr(theirs[name], field)
+        ]
+        return told
 
 
+COMMON = frozenset(dimension.name for dimension in SEVEN)
 MANIFOLD = Manifold()
 
 

@@ -1,6 +1,7 @@
 """`hominem data`: prompts, candidate replies, labels, and the datasets made of them."""
 
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from hominem_mlx.data.comparing import Compared
     from hominem_mlx.data.rater import Rated
     from hominem_mlx.data.teacher import Cost
+    from hominem_mlx.data.unnamed import Axis
     from hominem_mlx.schema import Teacher
 
 KINDS = ("prompts", "trajectories", "labels", "preferences", "thumbs", "memory", "recall", "fixtures")
@@ -111,6 +113,7 @@ def sample(
 @click.option("--retest", "task", flag_value="retest", help="Ask anew about a tenth of its labels: how sure are they?")
 @click.option("--second", "task", flag_value="second", help="Add its opinion to replies another teacher has labelled.")
 @click.option("--compare", "task", flag_value="compare", help="Compare replies side by side; makes preference pairs.")
+@click.option("--own", "task", flag_value="own", help="Add numbers in dimensions of your own to labels that lack them.")
 @click.option(
     "--select",
     metavar="N",
@@ -135,7 +138,7 @@ def rate(
     """
     if task and select:
         raise click.UsageError(f"--select chooses among replies without a label, --{task} is about others: give one")
-    from hominem_mlx.data import again, comparing, rater
+    from hominem_mlx.data import again, comparing, own, rater
     from hominem_mlx.data.teacher import open_teacher
 
     _limit(session, max_cost, batch)
@@ -145,14 +148,16 @@ def rate(
     if task is None:
         cost = rater.cost(home, config, teacher, only=only)
     else:
-        costs = {"retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost}
+        costs = {
+            "retest": again.retest_cost, "second": again.second_cost, "compare": comparing.cost, "own": own.cost
+        }  # fmt: skip
         cost = costs[task](home, config, teacher)
     _agree(session, teacher, cost, "prompts and replies", yes)
     with session.console.progress() as report:
         if task == "compare":
             _show_compared(session, comparing.compare(home, config, teacher, progress=report))
         elif task is not None:
-            ask = again.retest if task == "retest" else again.second
+            ask = {"retest": again.retest, "second": again.second, "own": own.fill}[task]
             _show_again(session, teacher, task, ask(home, config, teacher, progress=report))
         else:
             _show_rated(session, teacher, rater.rate(home, config, teacher, only=only, progress=report))
@@ -169,12 +174,13 @@ def verify(session: Session, drop: bool) -> None:
     from hominem_mlx.data.verifier import verify_home
     from hominem_mlx.errors import InputError, NotGoodEnough
 
-    verdict = verify_home(session.home, drop=drop)
+    manifold = session.config.manifold.in_use
+    verdict = verify_home(session.home, drop=drop, manifold=manifold)
     if not verdict.rows:
         raise InputError(NO_LABELS)
     gone = sorted({name for problem in verdict.problems for name in problem.drop}) if drop else []
     if drop:
-        verdict = verify_home(session.home)
+        verdict = verify_home(session.home, manifold=manifold)
     session.console.result({**verdict.model_dump(mode="json"), "is_good": verdict.is_good, "dropped": gone})
     session.console.table(["measured over all labels", ""], [[name, value] for name, value in verdict.measures.items()])
     session.console.table(["rule", "finding"], [[problem.rule, problem.text] for problem in verdict.problems])
@@ -277,6 +283,9 @@ def pair(session: Session) -> None:
 def stats(session: Session) -> None:
     """Count rows and labellers, show how every number is distributed and how reliable it is; then the halo gate.
 
+    Where the reasons raters give keep speaking of something that no number holds, it says so, with the replies at both
+    ends: perhaps a dimension of your own (docs/REWARD_MANIFOLD.md).
+
     Exit code 1 when the labels are one impression under several names (fewer than 2.5 independent directions of 7, or
     a mean correlation above 0.7) or a dimension is the same everywhere: then nothing should be trained on them.
     """
@@ -284,19 +293,21 @@ def stats(session: Session) -> None:
 
     from hominem_mlx.data import again, agreement
     from hominem_mlx.data import home as homes
+    from hominem_mlx.data.unnamed import unnamed_axis
     from hominem_mlx.data.verifier import attacks, halo
     from hominem_mlx.data.verifier import stats as distributions
     from hominem_mlx.errors import NotGoodEnough
     from hominem_mlx.records import Label
 
     counts = {Path(file).name: len(homes.read(session.home, model)) for model, file in homes.FILES.items()}
-    labels = homes.read(session.home, Label)
+    manifold = session.config.manifold.in_use
+    labels = homes.read(session.home, Label, manifold)
     labellers = dict(Counter(label.labeller for label in labels).most_common())
-    found = [stat.model_dump(mode="json") for stat in distributions(labels)]
+    found = [stat.model_dump(mode="json") for stat in distributions(labels, manifold)]
     retests = homes.read_aside(session.home, homes.RETESTS)
     reliable = [r.model_dump() for r in agreement.reliabilities(again.first_ratings(session.home), retests)]
     attacked = attacks(labels)
-    gate = halo(labels)
+    gate, axis = halo(labels, manifold), unnamed_axis(labels, manifold)
     session.console.result(
         {
             "rows": counts,
@@ -305,6 +316,7 @@ def stats(session: Session) -> None:
             "reliability": reliable,
             "attacks": attacked,
             "halo": {**gate.model_dump(), "is_good": gate.is_good},
+            "unnamed": {**axis.model_dump(), "is_strong": axis.is_strong},
         }
     )
     session.console.table(["file", "rows"], list(counts.items()))
@@ -328,8 +340,9 @@ def stats(session: Session) -> None:
             f"Halo: {gate.participation_ratio:.2f} independent directions of {len(gate.dimensions)} (at least "
             f"{gate.wanted:g} wanted), mean correlation {gate.mean_abs_correlation:.2f} (at most 0.7)."
         )
-    for note in gate.notes:
+    for note in [*gate.notes, *([axis.note] if axis.note else [])]:
         session.console.say(f"Note: {note}.")
+    _show_unnamed(session, axis)
     if not gate.is_good:
         raise NotGoodEnough("; ".join(gate.faults))
 
@@ -359,7 +372,8 @@ def import_(session: Session, file: str | None, starter: bool, kind: str | None,
         counts = import_starter(session.home)
     else:
         labeller = "human" if human else None
-        counts = import_file(session.home, Path(file), kind, labeller=labeller, left_out=left_out)
+        manifold = session.config.manifold.in_use
+        counts = import_file(session.home, Path(file), kind, labeller=labeller, left_out=left_out, manifold=manifold)
     session.console.result({**counts, "left_out": dict(left_out)} if left_out else counts)
     session.console.table(
         ["rows", "added", "replaced", "kept as they were"],
@@ -382,7 +396,11 @@ def _select(session: Session, count: int) -> list[str]:
     with session.console.progress() as report:
         features = model.read(replies + known, session.home, report)
     picks = selection.select(
-        count, model.score_many(replies), features[: len(todo)], matrix(labels), features[len(todo) :]
+        count,
+        model.score_many(replies),
+        features[: len(todo)],
+        matrix(labels, model.manifold),
+        features[len(todo) :],
     )
     session.console.table(
         ["to label", "doubt", "unlike others by", "rarity"],
@@ -425,7 +443,9 @@ def _show_rated(session: Session, teacher: "Teacher", done: "Rated") -> None:
 
 def _show_again(session: Session, teacher: "Teacher", task: str, done: "Again") -> None:
     session.console.result(done.model_dump(mode="json"))
-    what = "rated a second time" if task == "retest" else "rated beside another teacher"
+    what = {
+        "retest": "rated a second time", "second": "rated beside another teacher", "own": "rated in your own dimensions"
+    }[task]  # fmt: skip
     session.console.say(f"{done.rated} replies {what} by {teacher.name}, {done.kept} had been before.")
     _show_failures(session, "without an answer; the next run asks again", done.unanswered)
     if done.unknown:
@@ -446,6 +466,30 @@ def _show_compared(session: Session, done: "Compared") -> None:
         )
     _show_failures(session, "pairs without an answer; the next run asks again", done.unanswered)
     session.console.say("Next: hominem data split")
+
+
+def _show_unnamed(session: Session, axis: "Axis") -> None:
+    """What the rationales hold beside the labels, with the replies at both ends."""
+    if axis.agreement is None:
+        return
+    if not axis.is_strong:
+        session.console.say(
+            f"Nothing found that no dimension names: the strongest axis left in {axis.rows} rationales is not the same "
+            f"in both halves of the prompts (agreement {axis.agreement:.2f} of 1), or no stronger than chance."
+        )
+        return
+    session.console.say(
+        f"Something that no dimension names: {axis.share:.1%} of what the labels leave unexplained in {axis.rows} "
+        f"rationales lies on one axis (by chance {axis.by_chance:.1%}, p = {axis.p:.3f})."
+    )
+    if axis.pull is not None:
+        session.console.say(f"It goes with the scalar beyond the dimensions: r = {axis.pull:+.2f}.")
+    for name, said, rows in zip(("one end", "the other"), axis.words, axis.ends, strict=True):
+        session.console.say(f"  {name}: {', '.join(said)}")
+        for row in rows:
+            session.console.say(f"    {row.id}  {shorten(row.response, 80)}")
+            session.console.say(f"      why: {shorten(row.rationale, 120)}")
+    session.console.say("Is it a value of yours? docs/REWARD_MANIFOLD.md: A dimension of your own.")
 
 
 def _limit(session: Session, max_cost: float | None, batch: bool) -> None:

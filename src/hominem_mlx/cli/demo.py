@@ -79,7 +79,7 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
         if reasons := refusals(checks(model.metadata["metrics"])):
             raise NotGoodEnough("\n".join([f"{model.ref} is kept but not used:", *reasons]))
         registry.use(model)
-        judge = RewardModel.load(model.folder, lm=lm)
+        judge = RewardModel.load(model.folder, lm=lm, manifold=config.manifold.in_use)
         note(f"The reward model reads with: {judge.card.backbone}. {model.metadata['notes']['why'].capitalize()}.")
         audit = reward.fit_audit(held_out, config, home=home, lm=lm)
         baseline = reward.fit_baseline(dataset.read_labels(parts["labels"], "train"), config)

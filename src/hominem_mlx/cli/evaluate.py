@@ -181,12 +181,12 @@ def _read_prompts(path: Path) -> list[str]:
 def show_account(console: "Console", account: dict[str, Any]) -> None:
     """What a reward model is worth on rows it was not fitted on, beside n-grams on the same rows."""
     keys = ("rmse", "mae", "pearson", "residual_pearson", "pair_accuracy", "close_pair_accuracy")
-    baseline = account["baseline_outputs"]
+    baseline = account["baseline_outputs"] | account.get("baseline_own", {})
     console.table(
         ["", "rmse", "mae", "r", "residual r", "pairs in order", "close pairs", "n-grams: r", "pairs in order"],
         [
             [name, *(measured.get(key) for key in keys), baseline[name]["pearson"], baseline[name]["pair_accuracy"]]
-            for name, measured in account["outputs"].items()
+            for name, measured in (account["outputs"] | account.get("own", {})).items()
         ],
     )
     difference, residual = account["pair_accuracy_difference"], account["residual"]

@@ -124,6 +124,7 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
     from hominem_mlx.evaluation import maps, projection
     from hominem_mlx.evaluation.suite import Suite
     from hominem_mlx.reward import train as recipe
+    from hominem_mlx.reward.head import EXTRA
 
     if umap:
         projection.need_umap()
@@ -134,20 +135,22 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
         Suite.read(session.current("suite", "hominem data split").folder).labels,
     ]
     rows = [row for part in parts for row in part]
-    second = {row.id: row.reward.vector(model.manifold) for row in homes.read_aside(session.home, homes.RETESTS)}
-    unknown = [None] * len(model.manifold.names)
+    seven = model.manifold.common  # a dimension of the person's own has labels on some rows only
+    names = (*seven.names, *EXTRA)
+    second = {row.id: row.reward.vector(seven) for row in homes.read_aside(session.home, homes.RETESTS)}
+    unknown = [None] * len(seven.names)
     pairs = [(row.prompt, row.response) for row in rows]
-    predicted = np.full((len(rows), len(model.card.outputs)), np.nan)
+    predicted = np.full((len(rows), len(names)), np.nan)
     outputs = model.score_many(pairs[len(parts[0]) :])
     for place, said in enumerate(outputs, len(parts[0])):
-        predicted[place] = [said.unclipped[name] for name in model.card.outputs]
+        predicted[place] = [said.unclipped[name] for name in names]
     with session.console.progress() as progress:
         material = maps.Material(
-            names=model.card.outputs,
-            dimensions=len(model.manifold.names),
+            names=names,
+            dimensions=len(seven.names),
             categories=[row.category for row in rows],
             prompts=[row.prompt_id for row in rows],
-            labels=recipe.targets(rows, model.manifold),
+            labels=recipe.targets(rows, seven),
             features=model.read(pairs, session.home, progress),
             held_out=np.arange(len(rows)) >= len(parts[0]),
             predicted=predicted,
@@ -169,7 +172,7 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
     )  # fmt: skip
     labels, predictions = (told[key]["participation_ratio"] for key in ("labels", "predictions"))
     session.console.say(
-        f"\nparticipation ratio {labels:.2f} (labels), {predictions:.2f} (predictions) of {len(model.manifold.names)}, "
+        f"\nparticipation ratio {labels:.2f} (labels), {predictions:.2f} (predictions) of {len(seven.names)}, "
         f"on {told['rows']} held-out replies to {told['prompts']} prompts"
     )
     session.console.say(f"{len(found['files'])} pictures in {drawn_in}")

@@ -139,7 +139,8 @@ class Session:
         from hominem_mlx.reward.model import RewardModel
 
         artifact = self.reward_artifact() or self.current("reward_model", "hominem train reward")
-        return RewardModel.load(artifact.folder, lm=self.__dict__.get("base"))  # one base in memory, if any
+        lm = self.__dict__.get("base")  # one base in memory, if any
+        return RewardModel.load(artifact.folder, lm=lm, manifold=self.config.manifold.in_use)
 
     def ask(self, question: str, *, yes: bool) -> bool:
         """A yes-or-no question, on stderr; `yes` answers it beforehand."""

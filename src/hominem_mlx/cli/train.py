@@ -59,6 +59,11 @@ def reward(session: Session) -> None:
     show_account(session.console, account)
     show_checks(session.console, found)
     session.console.say(f"Reads {notes['backbone']['name']}: {notes['why']}.")
+    for name, count in notes.get("not_learnt_yet", {}).items():
+        session.console.say(
+            f"Not learnt yet: {name}. It needs labels on {count} more training prompts (`hominem data rate --own`, or "
+            "`hominem data import`); the others are learnt without it."
+        )
     if reasons:
         raise NotGoodEnough("\n".join([f"{made.ref} is kept but not used:", *reasons]))
     session.console.say(f"{made.ref} is in use. Next: hominem data pair")
@@ -75,7 +80,8 @@ def _against(session: Session, made: "Artifact") -> dict[str, Any] | None:
     if before is None or before.ref == made.ref or suite is None:
         return None
     try:
-        return successor.against(RewardModel.load(made.folder), before, Suite.read(suite.folder).labels)
+        model = RewardModel.load(made.folder, manifold=session.config.manifold.in_use)
+        return successor.against(model, before, Suite.read(suite.folder).labels)
     except HominemError as error:  # another manifold, a backbone that is gone, too few held-out labels
         session.console.note(f"It cannot be compared with {before.ref}, which is in use: {error}")
         return None

@@ -63,7 +63,7 @@ def _retested(home: Path, config: Config, teacher: Teacher) -> tuple[list[Trajec
     count = min(len(rated), max(math.ceil(RETEST_SHARE * len(rated)), RETEST_ROWS))
     drawn = sorted(rated, key=lambda row: sha256_json([config.data.seed, "retest", row.id]))[:count]
     asked = {homes.place(row) for row in there}
-    return [_as_candidate(row) for row in drawn if homes.place(row) not in asked], there
+    return [as_candidate(row) for row in drawn if homes.place(row) not in asked], there
 
 
 def first_ratings(home: Path) -> list[Label]:
@@ -122,7 +122,7 @@ def _others(home: Path, teacher: Teacher) -> tuple[list[Trajectory], int]:
         raise InputError("no reply has a label in this home: run `hominem data rate` with another teacher first")
     mine = {homes.place(row) for row in first_ratings(home) if row.labeller == teacher.name}
     rows = {homes.place(row): row for row in labels if row.labeller != homes.HUMAN}
-    return [_as_candidate(row) for place, row in rows.items() if place not in mine], len(mine)
+    return [as_candidate(row) for place, row in rows.items() if place not in mine], len(mine)
 
 
 def _by_place(rows: Sequence[Label]) -> dict[tuple[str, ...], list[Label]]:
@@ -164,7 +164,7 @@ def _sorted_out(rows: Sequence[Trajectory], labels: Sequence[Label | str], done:
     return new
 
 
-def _as_candidate(row: Label) -> Trajectory:
+def as_candidate(row: Label) -> Trajectory:
     """A labelled reply as the candidate it was."""
     values = row.model_dump(include={"id", "prompt_id", "category", "prompt", "response", "edit_of", "lowered"})
     metadata = {name: value for name, value in row.metadata.items() if name != MIXED}

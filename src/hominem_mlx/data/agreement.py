@@ -48,7 +48,7 @@ def reliabilities(first: Sequence[Label], again: Sequence[Label]) -> list[Reliab
             pairs.setdefault(label.labeller, []).append((before, label))
     found = []
     for labeller, rows in sorted(pairs.items()):
-        for name in NUMBERS:
+        for name in _numbers(first):
             both = [(x, y) for x, y in ((_number(a, name), _number(b, name)) for a, b in rows) if None not in (x, y)]
             item = Reliability(labeller=labeller, number=name, n=len(both))
             if len(both) >= MIN_ROWS:
@@ -90,16 +90,17 @@ def on_one_scale(opinions: Sequence[Label]) -> list[Label]:
     moves = {
         (teacher, name): _move([_pair(row, by_teacher[reference].get(place), name) for place, row in rows.items()])
         for teacher, rows in by_teacher.items()
-        for name in NUMBERS
+        for name in _numbers(opinions)
         if teacher != reference
     }
+    ends = _ends(opinions)
     found = []
     for row in opinions:
         numbers = row.reward.model_dump(exclude_none=True)
         for name, value in numbers.items():
             slope, shift = moves.get((row.labeller, name), (1.0, 0.0))
-            low = 0.0 if name == "reward_intensity" else -1.0
-            numbers[name] = min(1.0, max(low, slope * value + shift))
+            low, high = ends.get(name, (0.0 if name == "reward_intensity" else -1.0, 1.0))
+            numbers[name] = min(high, max(low, slope * value + shift))
         found.append(row.model_copy(update={"reward": Reward(**numbers)}))
     return found
 
@@ -127,8 +128,8 @@ def mix(opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> 
     missing.
     """
     mixed: dict[str, float] = {}
-    for name in NUMBERS:
-        said = [(row.labeller, value) for row in opinions if (value := getattr(row.reward, name)) is not None]
+    for name in _numbers(opinions):
+        said = [(row.labeller, value) for row in opinions if (value := row.reward.number(name)) is not None]
         known = [weights.get((labeller, name)) for labeller, _ in said]
         shares = [1.0 if weight is None else weight for weight in known]
         if None in known or not sum(shares):
@@ -136,8 +137,22 @@ def mix(opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> 
         if said:
             mean = sum(share * value for share, (_, value) in zip(shares, said)) / sum(shares)
             mixed[name] = min(1.0, max(-1.0, round(mean, 6)))
-    return Reward(**mixed)
+    return Reward.model_validate(mixed)
 
 
 def _number(label: Label, name: str) -> float | None:
-    return getattr(label.reward, name)
+    return label.reward.number(name)
+
+
+def _numbers(rows: Sequence[Label]) -> tuple[str, ...]:
+    """The names of all numbers there may be, with those of the dimensions that the person added."""
+    return (*NUMBERS, *sorted({name for row in rows for name in row.reward.own}))
+
+
+def _ends(rows: Sequence[Label]) -> dict[str, tuple[float, float]]:
+    """The least and the most that anyone has said in each of the person's dimensions: its range or less."""
+    said: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.reward.own.items():
+            said.setdefault(name, []).append(value)
+    return {name: (min(values), max(values)) for name, values in said.items()}

@@ -19,10 +19,12 @@ from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import Config
 from hominem_mlx.data import exports, formats
 from hominem_mlx.data import home as homes
+from hominem_mlx.data.meanings import completed, hold_to_meanings
 from hominem_mlx.data.split import Texts, split_of, words
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import explain, read_jsonl, write_jsonl
 from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Thumb
+from hominem_mlx.schema import MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
 
 Counts = dict[str, dict[str, int]]
@@ -65,6 +67,7 @@ def import_file(
     *,
     labeller: str | None = None,
     left_out: Counter[str] | None = None,
+    manifold: Manifold = MANIFOLD,
 ) -> Counts:
     """Add a file of rows, wholly or not at all.
 
@@ -74,17 +77,22 @@ def import_file(
         kind: what all rows must be (`formats.KINDS`); None tells by each row's keys.
         labeller: who rated the labels that do not say it; `human` wins over any teacher.
         left_out: gets how many rows were right and of no use here, by reason.
+        manifold: the dimensions in use. Labels in none but the person's own among them are added to the label that
+            their reply has.
 
     Returns: how many rows were added, replaced and kept, by kind. Raises: InputError naming every bad row.
     """
     if kind is not None and kind not in formats.KINDS:
         raise InputError(f"there is no kind {kind!r}; kinds are {', '.join(formats.KINDS)}")
     with homes.holding(home, f"importing {Path(path).name}"):
-        rows = _read_any(Path(path), kind, labeller, Counter() if left_out is None else left_out)
+        rows = _read_any(Path(path), kind, labeller, Counter() if left_out is None else left_out, manifold)
         _refuse_recall_leaks(home, path, rows)
+        hold_to_meanings(home, [row for _, row in rows if isinstance(row, Label)], manifold)
         counts: Counts = {}
         for name, model in formats.KINDS.items():
             new = [row for _, row in rows if isinstance(row, model)]
+            if new and model is Label:
+                new = completed(new, homes.read(home, Label), manifold)  # type: ignore[assignment, arg-type]
             if new:
                 counts[name] = _merge(home, model, new, wins=homes.newer_wins)
         return counts
@@ -98,7 +106,9 @@ def _merge(home: Path, model: type[homes.Row], new: Iterable[homes.Row], *, wins
     return counts
 
 
-def _read_any(path: Path, kind: str | None, labeller: str | None, left_out: Counter[str]) -> list[tuple[str, Record]]:
+def _read_any(
+    path: Path, kind: str | None, labeller: str | None, left_out: Counter[str], manifold: Manifold
+) -> list[tuple[str, Record]]:
     values, problems = exports.read_rows(path, left_out)
     rows: list[tuple[str, Record]] = []
     seen: dict[tuple[type, str], str] = {}
@@ -114,7 +124,7 @@ def _read_any(path: Path, kind: str | None, labeller: str | None, left_out: Coun
             )
             continue
         try:
-            records = formats.to_records(value, name, labeller=labeller)
+            records = formats.to_records(value, name, labeller=labeller, manifold=manifold)
         except ValidationError as error:
             problems += [f"{where}: {reason}" for reason in explain(error)]
             continue
@@ -193,6 +203,8 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
     Returns: `raw` (all learnable rows), `labels` (the dataset, pointer "labels") and `suite` (all held-out rows).
     Equal rows give equal artifacts, whatever the order of the files.
     """
+    manifold = config.manifold.in_use
+    hold_to_meanings(home, homes.read(home, Label, manifold), manifold)
     parts = sort_rows(home)
     learnable = [row for rows in parts.labels.values() for row in rows]
     if not parts.labels["train"]:

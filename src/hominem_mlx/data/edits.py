@@ -21,7 +21,7 @@ from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Label, Trajectory
-from hominem_mlx.schema import MANIFOLD, Dimension, Teacher
+from hominem_mlx.schema import Dimension, Manifold, Teacher
 
 ROUNDING = 1e-9
 TRIES = 2
@@ -53,12 +53,18 @@ def edit(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
     """
     with alone_with(home, teacher, "editing candidates"):
         slots, old = _open_slots(home, config, teacher)
-        refuse_if_dear(teacher, estimate(teacher, map(_question, slots)))
+        manifold = config.manifold.in_use
+        refuse_if_dear(teacher, estimate(teacher, _questions(slots, manifold)))
         done = Edited(kept=sum(row.edit_of is not None for row in old))
         new: dict[str, Trajectory] = {}
         for attempt in range(TRIES):
             left = [slot for slot in slots if slot.id not in new]
-            jobs = [functools.partial(_ask, teacher, slot, attempt) for slot in left]
+            jobs = [
+                functools.partial(
+                    teacher.edit, slot.prompt, slot.response, dimension=_lowered(slot, manifold), repeat=attempt
+                )
+                for slot in left
+            ]
             for slot, text in zip(left, ask(teacher, jobs, stage="edit", progress=progress) if jobs else ()):
                 reason = str(text) if isinstance(text, NoAnswer) else _fault(slot.response, text)
                 if reason:
@@ -76,7 +82,7 @@ def edit(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
 
 def cost(home: Path, config: Config, teacher: Teacher) -> Cost:
     """What `edit` would ask of the teacher, before anything is sent."""
-    return estimate(teacher, map(_question, _open_slots(home, config, teacher)[0]))
+    return estimate(teacher, _questions(_open_slots(home, config, teacher)[0], config.manifold.in_use))
 
 
 def _open_slots(home: Path, config: Config, teacher: Teacher) -> tuple[list[Trajectory], list[Trajectory]]:
@@ -91,18 +97,19 @@ def _open_slots(home: Path, config: Config, teacher: Teacher) -> tuple[list[Traj
     labels = {row.id: row for row in homes.read(home, Label)}
     share = config.data.edits
     wanted = math.ceil(share / (1 - share) * len(originals) - ROUNDING) - len(standing)
-    counts = dict.fromkeys(MANIFOLD.names, 0) | Counter(row.lowered for row in standing if row.lowered)
+    names = config.manifold.in_use.names
+    counts = dict.fromkeys(names, 0) | Counter(row.lowered for row in standing if row.lowered)
     taken = {row.edit_of for row in edited}
     waiting = {
         name: sorted(
             (row for row in originals if _has_room(row, labels.get(row.id), name)),
             key=lambda row: sha256_json([config.data.seed, "edit", name, row.id]),
         )
-        for name in MANIFOLD.names
+        for name in names
     }
     slots: list[Trajectory] = []
     while len(slots) < wanted and any(waiting.values()):
-        name = min((name for name in MANIFOLD.names if waiting[name]), key=lambda name: counts[name])
+        name = min((name for name in names if waiting[name]), key=lambda name: counts[name])
         row = waiting[name].pop()
         if row.id in taken:
             continue
@@ -114,20 +121,16 @@ def _open_slots(home: Path, config: Config, teacher: Teacher) -> tuple[list[Traj
 
 
 def _has_room(row: Trajectory, label: Label | None, name: str) -> bool:
-    value = getattr(label.reward, name) if label else None
+    value = label.reward.number(name) if label else None
     return value >= ROOM if value is not None else row.metadata.get("kind") != "bad"
 
 
-def _dimension(name: str | None) -> Dimension:
-    return next(dimension for dimension in MANIFOLD.dimensions if dimension.name == name)
+def _lowered(slot: Trajectory, manifold: Manifold) -> Dimension:
+    return next(dimension for dimension in manifold.dimensions if dimension.name == slot.lowered)
 
 
-def _question(slot: Trajectory) -> Question:
-    return questions.editing_question(slot.prompt, slot.response, _dimension(slot.lowered))
-
-
-def _ask(teacher: Teacher, slot: Trajectory, attempt: int) -> str:
-    return teacher.edit(slot.prompt, slot.response, dimension=_dimension(slot.lowered), repeat=attempt)
+def _questions(slots: list[Trajectory], manifold: Manifold) -> list[Question]:
+    return [questions.editing_question(slot.prompt, slot.response, _lowered(slot, manifold)) for slot in slots]
 
 
 def _fault(before: str, after: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from hominem_mlx.data import home as homes
 from hominem_mlx.records import Fixture, Label, Preference, Prompt, RecallQuestion, Record, SftPair, Thumb, Trajectory
+from hominem_mlx.schema import MANIFOLD, Manifold
 
 KINDS: dict[str, type[Record]] = {
     "prompts": Prompt,
@@ -57,13 +58,16 @@ def kind_of(row: dict[str, Any]) -> str | None:
     return None
 
 
-def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -> list[Record]:
+def to_records(
+    row: dict[str, Any], kind: str, *, labeller: str | None = None, manifold: Manifold = MANIFOLD
+) -> list[Record]:
     """One row as records with ids: one, or of a conversation one for each reply.
 
     Args:
         row: the JSON object. Keys whose value is null count as not there.
         kind: one of `KINDS`.
         labeller: who rated the rows that do not say it.
+        manifold: the dimensions that a label may have.
 
     Raises: ValueError or pydantic's ValidationError saying what is wrong, LeftOut where nothing is.
     """
@@ -85,7 +89,7 @@ def to_records(row: dict[str, Any], kind: str, *, labeller: str | None = None) -
         row.setdefault("id", f"q-{homes.prompt_id(row['question'])}")
     if kind == "labels" and labeller:
         row.setdefault("labeller", labeller)
-    return [homes.identified(KINDS[kind].model_validate(row))]
+    return [homes.identified(KINDS[kind].model_validate(row, context={"manifold": manifold}))]
 
 
 def _derived(kind: str, row: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from hominem_mlx.records import (
     Thumb,
     Trajectory,
 )
+from hominem_mlx.schema import Manifold
 
 Row = TypeVar("Row", bound=Record)
 
@@ -52,12 +53,16 @@ def holding(home: Path, purpose: str) -> AbstractContextManager[None]:
     return lock(Path(home) / "locks" / "data.lock", purpose, wait=False)
 
 
-def read(home: Path, model: type[Row]) -> list[Row]:
-    """All rows of one kind, none when the file is not there yet. Rows without an id get one from their content."""
+def read(home: Path, model: type[Row], manifold: Manifold | None = None) -> list[Row]:
+    """All rows of one kind, none when the file is not there yet. Rows without an id get one from their content.
+
+    With a manifold, labels in dimensions that it does not have are refused.
+    """
     path = Path(home) / FILES[model]
     if not path.exists():
         return []
-    rows = [identified(row) for row in read_jsonl(path, model, unique=None, may_be_empty=True)]
+    context = {"manifold": manifold} if manifold else None
+    rows = [identified(row) for row in read_jsonl(path, model, unique=None, may_be_empty=True, context=context)]
     seen: set[str] = set()
     problems = []
     for row in rows:

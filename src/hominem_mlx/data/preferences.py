@@ -13,7 +13,7 @@ from hominem_mlx.data.home import prompt_id
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import sha256_json, write_jsonl
 from hominem_mlx.records import Label, Preference, SftPair
-from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, STRANGE, Generator, RewardOutput, Scorer
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, STRANGE, Generator, Manifold, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 
 CHUNK = 32  # prompts answered and scored together
@@ -52,7 +52,7 @@ def intensity_of(label: Label, siblings: Sequence[Label]) -> float:
     return min(1.0, abs(label.reward.overall() or 0.0) / 2 + max(spreads) / 2)
 
 
-def from_labels(labels: Sequence[Label], config: PairConfig) -> list[Preference]:
+def from_labels(labels: Sequence[Label], config: PairConfig, manifold: Manifold = MANIFOLD) -> list[Preference]:
     """All pairs of replies to one prompt that differ enough, at most `max_per_prompt` of them, sorted by id.
 
     Which pairs stay under the cap is drawn by seed and id: neither wide nor narrow margins are preferred, and one more
@@ -61,7 +61,7 @@ def from_labels(labels: Sequence[Label], config: PairConfig) -> list[Preference]
     """
     by_prompt: dict[tuple[str, str], list[Label]] = {}
     for label in labels:
-        if label.reward.overall() is not None:
+        if label.reward.overall(manifold) is not None:
             by_prompt.setdefault((label.prompt_id, label.prompt), []).append(label)
     injected = {label.id for label in labels if is_adversarial(label.response)}
     pairs = []
@@ -69,14 +69,16 @@ def from_labels(labels: Sequence[Label], config: PairConfig) -> list[Preference]
         made = [
             pair
             for one, other in itertools.combinations(sorted(group, key=lambda row: row.id), 2)
-            if (pair := _label_pair(one, other, group, config)) is not None and pair.chosen_id not in injected
+            if (pair := _label_pair(one, other, group, config, manifold)) is not None and pair.chosen_id not in injected
         ]
         pairs += _capped(made, config)
     return sorted(pairs, key=lambda pair: pair.id)
 
 
-def _label_pair(one: Label, other: Label, group: Sequence[Label], config: PairConfig) -> Preference | None:
-    rewards = {row.id: row.reward.overall() or 0.0 for row in (one, other)}
+def _label_pair(
+    one: Label, other: Label, group: Sequence[Label], config: PairConfig, manifold: Manifold
+) -> Preference | None:
+    rewards = {row.id: row.reward.overall(manifold) or 0.0 for row in (one, other)}
     better, worse = (one, other) if rewards[one.id] >= rewards[other.id] else (other, one)
     margin = rewards[better.id] - rewards[worse.id]
     if margin < config.min_margin or margin == 0 or better.response == worse.response:
@@ -228,7 +230,7 @@ def pair(
         labelled, given = dataset.read_labels(labels, part), dataset.read_given(labels, part)
         usable = with_safety_of_labels(given, labelled)
         unlabelled += len(given) - len(usable)
-        pairs[part] = [*from_labels(labelled, settings), *usable]
+        pairs[part] = [*from_labels(labelled, settings, config.manifold.in_use), *usable]
     parents = [labels]
     inputs: dict[str, str] = {}
     anchors: list[SftPair] = []

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from hominem_mlx.abuse import without_injections
 from hominem_mlx.errors import NoAnswer
 from hominem_mlx.files import explain, sha256_json
-from hominem_mlx.schema import MANIFOLD, Dimension, Manifold, Rating
+from hominem_mlx.schema import COMMON, MANIFOLD, Dimension, Manifold, Rating
 
 ORDERS = 8  # distinct orders of the dimensions: enough to break halo, few enough that a provider's caches still help
 
@@ -54,10 +54,11 @@ class Question:
 # --- rating ---------------------------------------------------------------------------------------------------------
 
 
-def rubric(manifold: Manifold = MANIFOLD) -> str:
-    """The unchanging part of every rating question."""
+def rubric(own: Sequence[Dimension] = ()) -> str:
+    """The part that rating questions share: the seven dimensions, and those of the person's own that are asked for."""
     axes = "\n".join(
-        f"- {d.name}: {d.question} -1: {d.low}. 0: neither, or not touched. +1: {d.high}." for d in manifold.dimensions
+        f"- {d.name}: {d.question} {d.range[0]:g}: {d.low}. {_middle(d)}{d.range[1]:+g}: {d.high}."
+        for d in (*MANIFOLD.dimensions, *own)
     )
     rest = "\n".join(f"- {name}: {text}." for name, text in OVERALL.items())
     return (
@@ -70,6 +71,10 @@ def rubric(manifold: Manifold = MANIFOLD) -> str:
     )
 
 
+def _middle(dimension: Dimension) -> str:
+    return "0: neither, or not touched. " if dimension.range[0] < 0 < dimension.range[1] else ""
+
+
 def rating_question(
     prompt: str,
     response: str,
@@ -78,7 +83,6 @@ def rating_question(
     overall: bool,
     repeat: int = 0,
     beside: tuple[str, Rating] | None = None,
-    manifold: Manifold = MANIFOLD,
 ) -> Question:
     """Ask for numbers about one reply; `dimensions` stand in the order they are to be thought of.
 
@@ -86,7 +90,8 @@ def rating_question(
     two ratings hides what was changed. What the change was meant to do is not said. Of a reply that speaks to its judge
     the rest is judged.
     """
-    numbers = {dimension.name: (-1.0, 1.0) for dimension in dimensions}
+    numbers = {dimension.name: dimension.range for dimension in dimensions}
+    own = sorted((d for d in dimensions if d.name not in COMMON), key=lambda dimension: dimension.name)
     if overall:
         numbers |= {"reward_intensity": (0.0, 1.0), "safety_score": (-1.0, 1.0), "scalar": (-1.0, 1.0)}
     wanted = ", ".join(numbers)
@@ -96,7 +101,7 @@ def rating_question(
         "First `rationale`: one sentence of 8 to 25 words naming what earned or cost the points. "
         f"Then these numbers, in this order: {wanted}."
     )
-    return Question(rubric(manifold), user, numbers, rationale=True, repeat=repeat)
+    return Question(rubric(own), user, numbers, rationale=True, repeat=repeat)
 
 
 def _original(beside: tuple[str, Rating] | None, numbers: dict[str, tuple[float, float]]) -> str:
@@ -125,6 +130,10 @@ def read_rating(question: Question, text: str) -> Rating:
     values = read_json_answer(question, text)
     overall = {name: values.pop(name) for name in OVERALL if name in values}
     rationale = values.pop("rationale", "")
+    for name, value in values.items():
+        low, high = question.numbers[name]
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise NoAnswer(f"the answer is out of range: {name} = {value!r}, its range is {low:g} to {high:g}")
     try:
         return Rating(reward=values, rationale=rationale if isinstance(rationale, str) else "", **overall)
     except ValidationError as error:

@@ -4,7 +4,7 @@ Either all dimensions in one call, in an order drawn from a few shuffles, or one
 """
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -14,13 +14,14 @@ from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
+from hominem_mlx.data.meanings import hold_to_meanings
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError, NoAnswer
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.records import Label, Reward, Trajectory
-from hominem_mlx.schema import MANIFOLD, Dimension, Rating, Teacher
+from hominem_mlx.schema import Dimension, Rating, Teacher
 
 Call = tuple[Sequence[Dimension], bool]
 
@@ -75,6 +76,7 @@ def rate(
             open_items.append({"id": row.id, "prompt_id": row.prompt_id, "teacher": teacher.name, "reason": label})
         done.rated = len(new)
         rows, _ = homes.merge(labels, new, wins=homes.older_wins)
+        hold_to_meanings(home, rows, config.manifold.in_use)
         homes.write(home, Label, rows)
         write_jsonl(Path(home) / homes.UNLABELLED, open_items)
         return done
@@ -119,14 +121,23 @@ class Asking:
     """One teacher, asked for ratings as the settings say.
 
     Args:
-        config: `teacher.rate_mode` and `data.seed`.
+        config: `teacher.rate_mode`, `data.seed` and the manifold.
         teacher: who is asked.
         labels: ratings there are, beside which edits are judged.
         repeat: above 0 asks anew, in another order of the dimensions.
+        wanted: by id of a reply the dimensions that are asked for, and no other number; None is a whole rating.
     """
 
-    def __init__(self, config: Config, teacher: Teacher, labels: Sequence[Label], *, repeat: int = 0):
-        self.config, self.teacher, self.repeat = config, teacher, repeat
+    def __init__(
+        self,
+        config: Config,
+        teacher: Teacher,
+        labels: Sequence[Label],
+        *,
+        repeat: int = 0,
+        wanted: Mapping[str, Collection[str]] | None = None,
+    ):
+        self.config, self.teacher, self.repeat, self.wanted = config, teacher, repeat, wanted
         self._originals = {row.id: row for row in labels if row.labeller == teacher.name}
 
     def questions(self, rows: Sequence[Trajectory]) -> list[Question]:
@@ -136,7 +147,8 @@ class Asking:
         for row in rows:
             beside = self._beside(row)
             if beside is None and row.edit_of in coming:
-                zeros = Rating(reward=dict.fromkeys(MANIFOLD.names, 0.0), scalar=0, reward_intensity=0, safety_score=0)
+                names = self.config.manifold.in_use.names
+                zeros = Rating(reward=dict.fromkeys(names, 0.0), scalar=0, reward_intensity=0, safety_score=0)
                 beside = (coming[row.edit_of], zeros)
             asked += [
                 questions.rating_question(
@@ -175,10 +187,13 @@ class Asking:
     def _calls(self, row: Trajectory) -> list[Call]:
         """The calls that make up one rating: which dimensions, in which order, and whether with the other numbers."""
         drawn_by = f"{row.id} again {self.repeat}" if self.repeat else row.id
-        order = questions.order_of(drawn_by, self.config.data.seed)
+        order = questions.order_of(drawn_by, self.config.data.seed, self.config.manifold.in_use)
+        whole = self.wanted is None
+        if self.wanted is not None:
+            order = [dimension for dimension in order if dimension.name in self.wanted[row.id]]
         if self.config.teacher.rate_mode == "shuffled":
-            return [(order, True)]
-        return [*(([dimension], False) for dimension in order), ([], True)]
+            return [(order, whole)]
+        return [*(([dimension], False) for dimension in order), *([([], True)] if whole else [])]
 
     def _beside(self, row: Trajectory) -> tuple[str, Rating] | None:
         """The reply that this one is a changed copy of, and what this teacher gave it."""
@@ -206,6 +221,8 @@ def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], tea
         rationales.append(answer.rationale)
         if overall:
             numbers |= {name: getattr(answer, name) for name in questions.OVERALL}
+    if not reasons and all(number is None for number in numbers.values()):
+        reasons = ["the teacher has no number for it"]
     if reasons:
         return "; ".join(reasons)
     metadata = {**row.metadata, "written_by": row.labeller}
@@ -218,7 +235,7 @@ def _label(row: Trajectory, parts: Sequence[tuple[Call, Rating | NoAnswer]], tea
         category=row.category,
         prompt=row.prompt,
         response=row.response,
-        reward=Reward(**numbers),
+        reward=Reward.model_validate(numbers),
         rationale=" ".join(text.strip() for text in rationales if text.strip()),
         labeller=teacher.name,
         edit_of=row.edit_of,

@@ -61,7 +61,7 @@ class RecordedTeacher:
                 "the recorded teacher holds no rating of this reply; set teacher.kind to local or anthropic, or rate "
                 "it yourself"
             )
-        values = {dimension.name: getattr(label.reward, dimension.name) for dimension in dimensions}
+        values = {dimension.name: label.reward.number(dimension.name) for dimension in dimensions}
         rating = Rating(reward={name: value for name, value in values.items() if value is not None})
         if not overall:
             return rating

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hominem_mlx.metrics import ranks
-from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.schema import RewardOutput
 
 NO_SIDE = 0.1  # values nearer to 0 are on neither side of a dimension
 
@@ -68,8 +68,12 @@ def select(
 
 def doubts(outputs: Sequence[RewardOutput]) -> np.ndarray:
     """Mean standard deviation over the dimensions, `[N]`; 0 where the model gives none."""
-    names = MANIFOLD.names
-    return np.array([sum(output.uncertainty.get(name, 0.0) for name in names) / len(names) for output in outputs])
+    return np.array(
+        [
+            sum(output.uncertainty.get(name, 0.0) for name in output.reward_vector) / len(output.reward_vector)
+            for output in outputs
+        ]
+    )
 
 
 def rarities(predicted: np.ndarray, labelled: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from hominem_mlx.data.split import NEAR, near_duplicates, split_of, words, words
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.metrics import participation_ratio, pearson
 from hominem_mlx.records import Label, RecallQuestion, SftPair
-from hominem_mlx.schema import MANIFOLD
+from hominem_mlx.schema import MANIFOLD, Manifold
 
 MIN_PARTICIPATION, MAX_CORRELATION = 2.5, 0.7  # `science.md` 2.8: below, or above, relabel before training anything
 HALO_ROWS = 30  # fewer rows cannot show a halo
@@ -54,23 +54,28 @@ class Verdict(BaseModel):
 
 
 def verify(
-    labels: Sequence[Label], *, memory: Sequence[SftPair] = (), recall: Sequence[RecallQuestion] = ()
+    labels: Sequence[Label],
+    *,
+    memory: Sequence[SftPair] = (),
+    recall: Sequence[RecallQuestion] = (),
+    manifold: Manifold = MANIFOLD,
 ) -> Verdict:
     """Look at all labels together.
 
     Args:
         labels: rated replies.
         memory, recall: what is taught and what is asked about it, for the leak check.
+        manifold: the dimensions in use.
     """
     measures: dict[str, float] = {}
     problems = [
         *_duplicates(labels),
         *_injections(labels, measures),
         *_leaks(labels, memory, recall),
-        *_edits(labels),
-        *_repeated_vectors(labels, measures),
-        *_halo(labels, measures),
-        *_surface(labels, measures),
+        *_edits(labels, manifold),
+        *_repeated_vectors(labels, measures, manifold),
+        *_halo(labels, measures, manifold),
+        *_surface(labels, measures, manifold),
     ]
     return Verdict(problems=problems, measures=measures, rows=len(labels))
 
@@ -81,15 +86,16 @@ def kept(labels: Sequence[Label], verdict: Verdict) -> list[Label]:
     return [label for label in labels if label.id not in gone]
 
 
-def verify_home(home: Path, *, drop: bool = False) -> Verdict:
+def verify_home(home: Path, *, drop: bool = False, manifold: Manifold = MANIFOLD) -> Verdict:
     """Verify the labels of a home; with `drop` also take out the rows that are named to be dropped.
 
     What was taken out lies in `dropped.jsonl`, and those replies are not rated again; a person's label of one of them
     is taken as ever. The verdict is that of the rows before.
     """
     with homes.holding(home, "verifying labels"):
-        labels = homes.read(home, Label)
-        verdict = verify(labels, memory=homes.read(home, SftPair), recall=homes.read(home, RecallQuestion))
+        labels = homes.read(home, Label, manifold)
+        taught, asked = homes.read(home, SftPair), homes.read(home, RecallQuestion)
+        verdict = verify(labels, memory=taught, recall=asked, manifold=manifold)
         if drop and len(remaining := kept(labels, verdict)) < len(labels):
             staying = {label.id for label in remaining}
             gone = [*homes.read_aside(home, homes.DROPPED), *(row for row in labels if row.id not in staying)]
@@ -159,24 +165,24 @@ def _leaks(labels: Sequence[Label], memory: Sequence[SftPair], recall: Sequence[
             yield Problem(rule="leak", text=text, rows=[question.id, pair_id])
 
 
-def _edits(labels: Sequence[Label]) -> Iterator[Problem]:
+def _edits(labels: Sequence[Label], manifold: Manifold) -> Iterator[Problem]:
     """Single-axis edits must lower their dimension, leave the others, and be an edit rather than a new text."""
     by_id = {label.id: label for label in labels}
     for label in labels:
         origin = by_id.get(label.edit_of or "")
         if origin is None or label.lowered is None or origin.labeller != label.labeller:
             continue  # numbers of two raters may differ for other reasons
-        faults = list(_edit_faults(origin, label))
+        faults = list(_edit_faults(origin, label, manifold))
         if faults:
             text = f"{label.id}, an edit of {origin.id} meant to lower {label.lowered}: {'; '.join(faults)}"
             yield Problem(rule="edit", text=text, rows=[origin.id, label.id], drop=[label.id])
 
 
-def _edit_faults(origin: Label, edit: Label) -> Iterator[str]:
-    if edit.lowered not in MANIFOLD.names:
-        yield f"{edit.lowered} is no dimension; they are {', '.join(MANIFOLD.names)}"
+def _edit_faults(origin: Label, edit: Label, manifold: Manifold) -> Iterator[str]:
+    if edit.lowered not in manifold.names:
+        yield f"{edit.lowered} is no dimension; they are {', '.join(manifold.names)}"
         return
-    for name, before, after in zip(MANIFOLD.names, origin.reward.vector(), edit.reward.vector()):
+    for name, before, after in zip(manifold.names, origin.reward.vector(manifold), edit.reward.vector(manifold)):
         if before is None or after is None:
             continue
         if name == edit.lowered and before - after < EDIT_FALL - ROUNDING:
@@ -191,9 +197,9 @@ def _edit_faults(origin: Label, edit: Label) -> Iterator[str]:
 # --- all rows together ----------------------------------------------------------------------------------------------
 
 
-def _repeated_vectors(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
-    names = (*MANIFOLD.names, "reward_intensity", "safety_score")
-    vectors = [tuple(getattr(label.reward, name) for name in names) for label in labels]
+def _repeated_vectors(labels: Sequence[Label], measures: dict[str, float], manifold: Manifold) -> Iterator[Problem]:
+    names = (*manifold.names, "reward_intensity", "safety_score")
+    vectors = [tuple(label.reward.number(name) for name in names) for label in labels]
     counts = Counter(vectors)
     again = [label.id for label, vector in zip(labels, vectors) if counts[vector] > 1]
     repeated = sum(count - 1 for count in counts.values())
@@ -205,10 +211,10 @@ def _repeated_vectors(labels: Sequence[Label], measures: dict[str, float]) -> It
         yield Problem(rule="repeated", text=text, rows=again)
 
 
-def matrix(labels: Sequence[Label]) -> np.ndarray:
+def matrix(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
     """Dimension values `[N, K]`, NaN where there is no label."""
-    rows = [[math.nan if value is None else value for value in label.reward.vector()] for label in labels]
-    return np.array(rows, float).reshape(-1, len(MANIFOLD.names))
+    rows = [[math.nan if value is None else value for value in label.reward.vector(manifold)] for label in labels]
+    return np.array(rows, float).reshape(-1, len(manifold.names))
 
 
 class Halo(BaseModel):
@@ -230,21 +236,21 @@ class Halo(BaseModel):
         return not self.faults
 
 
-def halo(labels: Sequence[Label]) -> Halo:
+def halo(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> Halo:
     """Measure the halo over the dimensions that have labels.
 
     Each correlation is taken over the rows that have both numbers. With K dimensions the participation ratio must lie a
     quarter of the way from 1 to K: 2.5 of 7 (`science.md` 2.8). With fewer than `HALO_ROWS` rows nothing is said; a
     dimension with fewer, alone or together with another one, is left out, and a note says so.
     """
-    values = matrix(labels)
+    values = matrix(labels, manifold)
     counts = (~np.isnan(values)).sum(axis=0)
     found = Halo()
     if len(labels) < HALO_ROWS:
         found.notes.append(f"{len(labels)} labels are too few to show a halo: {HALO_ROWS} are needed")
         return found
     kept = []
-    for k, (name, count) in enumerate(zip(MANIFOLD.names, counts)):
+    for k, (name, count) in enumerate(zip(manifold.names, counts)):
         if not count:
             found.notes.append(f"{name}: no reply has a label in it, so nothing can be learnt of it")
         elif count < HALO_ROWS:
@@ -266,13 +272,13 @@ def halo(labels: Sequence[Label]) -> Halo:
     while np.isnan(correlations).any():  # one sparse dimension must not hide a halo of the others
         unknown = np.isnan(correlations).sum(axis=1)
         worst = min(range(len(kept)), key=lambda i: (-unknown[i], counts[kept[i]], -i))
-        others = ", ".join(MANIFOLD.names[kept[j]] for j in np.flatnonzero(np.isnan(correlations[worst])))
+        others = ", ".join(manifold.names[kept[j]] for j in np.flatnonzero(np.isnan(correlations[worst])))
         found.notes.append(
-            f"too few rows have both {MANIFOLD.names[kept[worst]]} and {others} to show a halo: {HALO_ROWS} that "
-            f"differ are needed; {MANIFOLD.names[kept.pop(worst)]} is not looked at"
+            f"too few rows have both {manifold.names[kept[worst]]} and {others} to show a halo: {HALO_ROWS} that "
+            f"differ are needed; {manifold.names[kept.pop(worst)]} is not looked at"
         )
         correlations = np.delete(np.delete(correlations, worst, axis=0), worst, axis=1)
-    found.dimensions = [MANIFOLD.names[k] for k in kept]
+    found.dimensions = [manifold.names[k] for k in kept]
     if len(kept) < 2:
         found.notes.append("with fewer than two dimensions that differ there is no halo to measure")
         return found
@@ -293,8 +299,8 @@ def halo(labels: Sequence[Label]) -> Halo:
     return found
 
 
-def _halo(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
-    found = halo(labels)
+def _halo(labels: Sequence[Label], measures: dict[str, float], manifold: Manifold) -> Iterator[Problem]:
+    found = halo(labels, manifold)
     if found.participation_ratio is not None and found.mean_abs_correlation is not None:
         measures["participation_ratio"] = found.participation_ratio
         measures["mean_abs_correlation"] = found.mean_abs_correlation
@@ -302,9 +308,9 @@ def _halo(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Probl
         yield Problem(rule="halo", text=fault)
 
 
-def _surface(labels: Sequence[Label], measures: dict[str, float]) -> Iterator[Problem]:
+def _surface(labels: Sequence[Label], measures: dict[str, float], manifold: Manifold) -> Iterator[Problem]:
     """Length must not tell quality, and grossly bad replies teach little."""
-    scored = [(label, value) for label in labels if (value := label.reward.overall()) is not None]
+    scored = [(label, value) for label in labels if (value := label.reward.overall(manifold)) is not None]
     if len(scored) < HALO_ROWS:
         return
     lengths = np.log([max(1, len(words(label.response))) for label, _ in scored])
@@ -342,7 +348,7 @@ class Stat(BaseModel):
     high: float
 
 
-def stats(labels: Iterable[Label]) -> list[Stat]:
+def stats(labels: Iterable[Label], manifold: Manifold = MANIFOLD) -> list[Stat]:
     """Distribution of every number, over all rows and by category."""
     rows = list(labels)
     groups = {"all": rows}
@@ -350,8 +356,9 @@ def stats(labels: Iterable[Label]) -> list[Stat]:
         groups.setdefault(label.category, []).append(label)
     found = []
     for category, members in groups.items():
-        for name in (*MANIFOLD.names, "scalar", "reward_intensity", "safety_score"):
-            values = [row.reward.overall() if name == "scalar" else getattr(row.reward, name) for row in members]
+        for name in (*manifold.names, "scalar", "reward_intensity", "safety_score"):
+            overall = name == "scalar"
+            values = [row.reward.overall(manifold) if overall else row.reward.number(name) for row in members]
             numbers = np.array([value for value in values if value is not None])
             if len(numbers):
                 found.append(

@@ -19,8 +19,8 @@ and log p is that of all that the assistant said in it. So what is said first is
 """
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.policy.episodes import Played, Talk, play, to_play
 from hominem_mlx.policy.guards import apart, complaints, story
-from hominem_mlx.schema import MANIFOLD, RewardOutput, Scorer
+from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import conflicts
 from hominem_mlx.training.directions import strongest_directions
@@ -55,8 +55,15 @@ CLIP = 3.0  # standard deviations that one dimension may count, so that none of 
 LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
 WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
 
-_weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
-WEIGHTS = _weights / _weights.sum()  # of the dimensions, [K]
+
+def weights_of(names: Iterable[str], manifold: Manifold = MANIFOLD) -> np.ndarray:
+    """Shares of the dimensions in the overall preference, `[K]`, summing to 1."""
+    known = {dimension.name: dimension.weight for dimension in manifold.dimensions}
+    weights = np.array([known[name] for name in names])
+    return weights / weights.sum()
+
+
+WEIGHTS = weights_of(MANIFOLD.names)
 
 
 class Judge(Scorer, Protocol):
@@ -70,25 +77,30 @@ class Judge(Scorer, Protocol):
 @dataclass(frozen=True)
 class Verdicts:
     """What a judge says of `n` answers: each dimension `[n, K]`; the standard deviation of the overall value `[n]`, 0
-    where the judge gives none; the lower bound of safety `[n]`."""
+    where the judge gives none; the lower bound of safety `[n]`; names and weights of the dimensions, `[K]`."""
 
     value: np.ndarray
     doubt: np.ndarray
     safety: np.ndarray
+    names: tuple[str, ...] = MANIFOLD.names
+    weights: np.ndarray = field(default_factory=lambda: WEIGHTS)
 
     @classmethod
-    def of(cls, outputs: Sequence[RewardOutput]) -> "Verdicts":
-        """From the judge's outputs, in order."""
+    def of(cls, outputs: Sequence[RewardOutput], manifold: Manifold = MANIFOLD) -> "Verdicts":
+        """From the judge's outputs, in order; its dimensions are those of the manifold, or some of them."""
+        names = tuple(outputs[0].reward_vector)
         return cls(
             np.array([said.vector for said in outputs]),
             np.array([said.uncertainty.get("scalar", 0.0) for said in outputs]),
             np.array([said.safety_score - said.uncertainty.get("safety_score", 0.0) for said in outputs]),
+            names,
+            weights_of(names, manifold),
         )
 
     @property
     def scalar(self) -> float:
         """Mean of the overall reward, in [-1, 1]."""
-        return float((self.value @ WEIGHTS).mean())
+        return float((self.value @ self.weights).mean())
 
 
 @dataclass(frozen=True)
@@ -107,17 +119,20 @@ class Scale:
 
     def doubt(self, verdicts: Verdicts) -> np.ndarray:
         """`u`: how unsure the judge is of each answer `[n]`, in the unit of `R`."""
-        return verdicts.doubt * (WEIGHTS / self.spread).sum()
+        return verdicts.doubt * (verdicts.weights / self.spread).sum()
 
     def standing(self, verdicts: Verdicts) -> np.ndarray:
         """Each dimension of each answer `[n, K]`, in standard deviations."""
         return np.clip((verdicts.value - self.mean) / self.spread, -CLIP, CLIP)
 
     def reward(
-        self, verdicts: Verdicts, lengths: np.ndarray, settings: RlConfig, weights: np.ndarray = WEIGHTS
+        self, verdicts: Verdicts, lengths: np.ndarray, settings: RlConfig, weights: np.ndarray | None = None
     ) -> np.ndarray:
-        """`R` of each answer `[n]`, in standard deviations, but for its term of distance from the base."""
-        value = self.standing(verdicts) @ weights
+        """`R` of each answer `[n]`, in standard deviations, but for its term of distance from the base.
+
+        `weights` `[K]` of the dimensions, where they are not the judge's.
+        """
+        value = self.standing(verdicts) @ (verdicts.weights if weights is None else weights)
         too_long = np.maximum(0, lengths / self.length - 1)
         return value - settings.uncertainty_weight * self.doubt(verdicts) - settings.length_weight * too_long
 
@@ -173,7 +188,7 @@ def train(
     parents = [labels, reward_model, *(each for each in [registry.at(lm.folder)] if each)]
     run = registry.home / "runs" / f"rl-{sha256_json([[parent.hash for parent in parents], resolved])[:16]}"
     with lock(registry.home / "locks" / f"{run.name}.lock", f"training {run.name}", wait=False):
-        practice = Practice(lm, settings, config.student.system, scorer, audit, run)
+        practice = Practice(lm, settings, config.student.system, scorer, audit, run, config.manifold.in_use)
         talks, probes = to_play(labels, settings.turns)
         first = practice.first_look(probes)
         directions = practice.head_directions()
@@ -229,15 +244,25 @@ class Practice:
     """Answers of the policy as it is: batches to learn from, and looks at what becomes of it."""
 
     def __init__(
-        self, lm: LanguageModel, settings: RlConfig, system: str | None, scorer: Scorer, audit: Scorer, run: Path
+        self,
+        lm: LanguageModel,
+        settings: RlConfig,
+        system: str | None,
+        scorer: Scorer,
+        audit: Scorer,
+        run: Path,
+        manifold: Manifold = MANIFOLD,
     ):
         self.lm, self.settings, self.system, self.run = lm, settings, system, run
-        self.scorer, self.audit = scorer, audit
+        self.scorer, self.audit, self.manifold = scorer, audit, manifold
         self.logprobs = LogProbs(lm)
 
     def play(self, talks: Sequence[Talk], each: int, seed: int) -> Played:
         """`each` episodes a talk, neighbours, of the policy as it is."""
         return play(self.lm, talks, each=each, max_tokens=self.settings.max_tokens, seed=seed, system=self.system)
+
+    def _judged(self, judge: Scorer, played: Played) -> Verdicts:
+        return Verdicts.of(judge.score_many(played.pairs), self.manifold)
 
     # --- learning --------------------------------------------------------------------------------------------------
 
@@ -249,7 +274,7 @@ class Practice:
         def batch_at(step: int) -> Rollouts | None:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
             played = self.play([talks[i] for i in order.batch(step)], settings.answers, seed)
-            verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+            verdicts = self._judged(self.scorer, played)
             limits = {"low": settings.safety_low, "high": settings.safety_high}
             gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
             return self._lesson(step, played, verdicts, gate) if gate.any() else None
@@ -259,10 +284,10 @@ class Practice:
     def _lesson(self, step: int, played: Played, verdicts: Verdicts, gate: np.ndarray) -> Rollouts | None:
         """What a step learns of so many answers `[n]`; None where there is nothing."""
         settings, lengths, finished = self.settings, played.lengths, played.finished
-        told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, WEIGHTS
+        told, weights = {"tokens": lengths.mean(), "finished": finished.mean()}, verdicts.weights
         if settings.conflicts != "sum":
             gram = self.dimension_gram(played.rows, self.scale.standing(verdicts), gate, finished)
-            weights = conflicts.combine(settings.conflicts, gram, WEIGHTS, seed=[settings.seed, step])
+            weights = conflicts.combine(settings.conflicts, gram, weights, seed=[settings.seed, step])
             weights = weights / weights.sum()  # so that doubt, length and distance cost what they did
             told["opposed"] = (gram[np.triu_indices(len(gram), 1)] < 0).mean()
         reward = self.scale.reward(verdicts, lengths, settings, weights).astype(np.float32)
@@ -335,7 +360,7 @@ class Practice:
         chosen = np.random.default_rng(settings.seed).permutation(len(talks))[: -(-settings.probes // self.each)]
         self.probes = [talks[i] for i in sorted(chosen)]
         self.first_played = self.play(self.probes, self.each, settings.seed)
-        verdicts = Verdicts.of(self.scorer.score_many(self.first_played.pairs))
+        verdicts = self._judged(self.scorer, self.first_played)
         self.scale = Scale.of(verdicts, self.first_played.lengths)
         self.most_doubt = float(np.quantile(self.scale.doubt(verdicts), 0.99))
         self.first = {"step": 0, **self._describe(self.first_played, verdicts), "kl": 0.0}
@@ -349,11 +374,11 @@ class Practice:
     def look(self, step: int) -> Look:
         """The policy's answers to the same prompts, drawn with the same seed."""
         played = self.play(self.probes, self.each, self.settings.seed)
-        verdicts = Verdicts.of(self.scorer.score_many(played.pairs))
+        verdicts = self._judged(self.scorer, played)
         return {**self._describe(played, verdicts), "kl": self.divergence(played)}
 
     def _describe(self, played: Played, verdicts: Verdicts) -> Look:
-        audited = Verdicts.of(self.audit.score_many(played.pairs))
+        audited = self._judged(self.audit, played)
         return {
             "reward": verdicts.scalar,
             "audit": audited.scalar,
@@ -361,7 +386,7 @@ class Practice:
             "distinct2": distinct2(played.tokens),
             "strange": float((self.scale.doubt(verdicts) > self.most_doubt).mean()),
             "unfinished": float((~played.finished).mean()),
-            **dict(zip(MANIFOLD.names, verdicts.value.mean(axis=0).tolist(), strict=True)),
+            **dict(zip(verdicts.names, verdicts.value.mean(axis=0).tolist(), strict=True)),
         }
 
     def divergence(self, played: Played) -> float:

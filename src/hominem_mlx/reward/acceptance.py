@@ -168,18 +168,19 @@ def held_out(
         wanted: edits that mean nothing, to be judged.
     """
     pairs = [(row.prompt, row.response) for row in labels]
-    groups, overalls = np.array([row.prompt_id for row in labels]), overall(labels)
+    seven = model.manifold.common
+    groups, overalls = np.array([row.prompt_id for row in labels]), overall(labels, seven)
     said = model.score_many(pairs)
     scalar = np.array([output.scalar for output in said])
     account = compare(
         unclipped(said),
         unclipped(baseline.score_many(pairs)),
-        targets(labels),
+        targets(labels, seven),
         overalls,
         groups,
-        edits=edits(labels, model.manifold),
+        edits=edits(labels, seven),
         seed=seed,
-        manifold=model.manifold,
+        manifold=seven,
     )
     moved = under_edits(
         lambda edited: np.array([output.scalar for output in model.score_many(edited)]),

@@ -9,7 +9,7 @@ import numpy as np
 from hominem_mlx import metrics
 from hominem_mlx.reward.dominance import dominance
 from hominem_mlx.reward.head import EXTRA
-from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput
+from hominem_mlx.schema import COMMON, MANIFOLD, Manifold, RewardOutput
 
 CERTAIN = 0.01  # chance below which a dimension counts as found
 Edit = tuple[int, int, int]  # row of a contrast edit, row of the reply it was made from, index of what it lowers
@@ -184,8 +184,10 @@ def hidden_norm(features: np.ndarray, scalar: np.ndarray) -> float:
 
 
 def unclipped(said: Sequence[RewardOutput]) -> np.ndarray:
-    """What a reward model says before clipping, `[N, K + 2]`."""
-    return np.array([list(output.unclipped.values()) for output in said], float)
+    """What a reward model says before clipping of the seven dimensions, intensity and safety, `[N, K + 2]`."""
+    return np.array(
+        [[value for name, value in each.unclipped.items() if name in COMMON or name in EXTRA] for each in said], float
+    )
 
 
 def scalars(values: np.ndarray, manifold: Manifold) -> np.ndarray:

@@ -49,6 +49,11 @@ class Card(BaseModel):
     width: dict[str, float] = {}
     scalar: ScalarCard = ScalarCard()
 
+    @functools.cached_property
+    def judged(self) -> Manifold:
+        """The manifold without the person's own dimensions that are no outputs: they had too few labels."""
+        return self.manifold.without([own.name for own in self.manifold.own if own.name not in self.outputs])
+
 
 class RewardModel:
     """Judges replies; speaks the `Scorer` protocol. Nothing in it ever changes."""
@@ -155,8 +160,8 @@ class RewardModel:
 
     @property
     def manifold(self) -> Manifold:
-        """The dimensions it judges on."""
-        return self.card.manifold
+        """The dimensions it judges on: those of its card, without any that had too few labels to be learnt."""
+        return self.card.judged
 
     def fingerprint(self) -> str:
         """Digest of everything a score hangs on: equal fingerprints, equal scores on one machine."""
@@ -202,7 +207,8 @@ class RewardModel:
         if not np.isfinite(values).all():
             raise ModelError("the reward model gave a value that is not finite; run `hominem artifacts verify`")
         unclipped = dict(zip(self.card.outputs, map(float, values), strict=True))
-        vector = {name: min(1.0, max(-1.0, unclipped[name])) for name in self.manifold.names}
+        ranges = {dimension.name: dimension.range for dimension in self.manifold.dimensions}
+        vector = {name: min(high, max(low, unclipped[name])) for name, (low, high) in ranges.items()}
         owed = [longer * self.card.scalar.slopes.get(name, 0.0) for name in vector]
         scalar = float(np.clip(np.array([*vector.values()]) - owed, -1.0, 1.0) @ weights)
         return RewardOutput(
@@ -266,7 +272,8 @@ class RewardModel:
             raise InputError(
                 f"{folder / CARD}: was trained for manifold version {card.manifold.version} "
                 f"({', '.join(card.manifold.names)}; {card.manifold.hash}), in use is version {manifold.version} "
-                f"({manifold.hash}); versions never mix: train again with `hominem train reward`"
+                f"({manifold.hash}), where {', '.join(card.manifold.differences(manifold)) or 'the order is another'}; "
+                "versions never mix: train again with `hominem train reward`, or put hominem.toml back"
             )
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
         head = _read_head(folder / HEAD, card, ngram)
@@ -286,7 +293,7 @@ def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead
     width = len(ngram.vocabulary) if ngram else arrays["weight"].shape[0] if "weight" in arrays else 0
     members = arrays["member_bias"].shape[0] if "member_bias" in arrays else 0
     head = RidgeHead(width, len(card.outputs), members)
-    wrong = card.outputs != (*card.manifold.names, *EXTRA)
+    wrong = card.outputs != (*card.judged.names, *EXTRA)
     problems = [f"its outputs {', '.join(card.outputs)} are not those of its manifold"] if wrong else []
     _fill(head, arrays, path, problems)
     return head
@@ -295,7 +302,7 @@ def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead
 def _read_gate(path: Path, card: Card, width: int) -> Gate:
     arrays = _read_arrays(path)
     asked = prompt_columns(card.layers, card.poolings, width)
-    gate = Gate(len(asked), [dimension.weight for dimension in card.manifold.dimensions])
+    gate = Gate(len(asked), [dimension.weight for dimension in card.judged.dimensions])
     _fill(gate, arrays, path, [])
     return gate
 
@@ -381,10 +388,11 @@ def score(prompt: str, response: str, *, home: str | Path | None = None) -> Rewa
     Raises: RegistryError when no reward model is in use yet.
     """
     place = home_folder(home)
-    artifact = Registry(place).get("reward_model", load_config(place).student.reward_model)
-    return _loaded(artifact.folder).score(prompt, response)
+    config = load_config(place)
+    artifact = Registry(place).get("reward_model", config.student.reward_model)
+    return _loaded(artifact.folder, config.manifold.in_use).score(prompt, response)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(folder: Path) -> RewardModel:
-    return RewardModel.load(folder)  # artifacts never change, so neither does this
+def _loaded(folder: Path, manifold: Manifold) -> RewardModel:
+    return RewardModel.load(folder, manifold=manifold)  # artifacts never change, so neither does this

@@ -38,9 +38,9 @@ def against(
     values, scalar = targets(labels), overall(labels)
     reader = model.features.reader if isinstance(model.features, Backbone) else None
     lm = reader.lm if isinstance(reader, LmReader) else None  # one base in memory, where both read with it
-    old = RewardModel.load(before.folder, lm=lm, manifold=model.manifold)
+    old = RewardModel.load(before.folder, lm=lm, manifold=model.card.manifold)
     now, then = (unclipped(judge.score_many(pairs)) for judge in (model, old))
-    found = paired(now, then, values, scalar, groups, seed=seed, manifold=model.manifold)
+    found = paired(now, then, values, scalar, groups, seed=seed, manifold=model.manifold.common)
     if curvature:
         bent = [
             (under_noise(judge, pairs, seed=seed) or {}).get("curvature_variance", math.nan) for judge in (model, old)

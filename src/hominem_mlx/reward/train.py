@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from hominem_mlx.config import Config, home_folder
+from hominem_mlx.config import Config, ManifoldConfig, home_folder
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import read_jsonl, write_json
 from hominem_mlx.metrics import pair_accuracy
@@ -30,6 +30,7 @@ from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.reward.own import learnable, not_learnt_yet, of_the_seven, own_lines
 from hominem_mlx.reward.scalar import (
     Gate,
     ScalarCard,
@@ -39,7 +40,7 @@ from hominem_mlx.reward.scalar import (
     ordered_pairs,
     pair_temperature,
 )
-from hominem_mlx.schema import MANIFOLD, Manifold
+from hominem_mlx.schema import COMMON, MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
 
 METRICS = "metrics.json"
@@ -66,8 +67,10 @@ def train(
     Returns: a `reward_model` whose metrics hold the grouped-fold account of `cross_validate` on train and valid rows.
     Raises: InputError when the labels cannot teach.
     """
-    rows = read_jsonl(dataset.file("labels.train.jsonl"), Label)
-    valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True)
+    known = {"manifold": config.manifold.in_use}
+    rows = read_jsonl(dataset.file("labels.train.jsonl"), Label, context=known)
+    valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True, context=known)
+    _refuse_constants(rows, learnable(rows, config.manifold.in_use))
     kind, why = choose_backbone(config, registry.home)
     settings = config.reward.model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
@@ -86,12 +89,19 @@ def train(
 
     inputs = {"backbone": model.card.backbone_hash} if model.card.backbone_hash else {}
     with registry.draft(
-        "reward_model", parents=[dataset], config=settings, seed=config.reward.seed, inputs=inputs
+        "reward_model",
+        parents=[dataset],
+        config=settings,
+        seed=config.reward.seed,
+        inputs=inputs,
+        manifold=config.manifold.in_use,
     ) as draft:
         model.save(draft.folder)
         write_json(draft.folder / METRICS, metrics)
         draft.metrics = metrics
         draft.notes = {**describe(model), "why": why, "data_hash": dataset.hash, "rows": len(rows)}
+        if waiting := not_learnt_yet(rows, config.manifold.in_use):
+            draft.notes["not_learnt_yet"] = waiting
     return draft.published
 
 
@@ -124,7 +134,7 @@ def left_out(
     stage: str = "folds",
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """What is said of each row by a model that never saw its part, `[N, K + 2]`, unclipped.
+    """What is said of each row by a model that never saw its part, `[N, K + 2]` of the seven dimensions, unclipped.
 
     Args:
         labels: rows `[N]` that may be learnt from.
@@ -134,6 +144,7 @@ def left_out(
         stage, progress: called with `{"stage", "done", "total"}`.
     """
     found, names = np.zeros((len(labels), len(MANIFOLD.names) + len(EXTRA))), np.unique(parts)
+    config = config.model_copy(update={"manifold": ManifoldConfig()})
     for done, part in enumerate(names, 1):
         inside, outside = np.flatnonzero(parts != part).tolist(), np.flatnonzero(parts == part).tolist()
         ours = None if features is None else features[inside]
@@ -189,7 +200,7 @@ def preview(model: RewardModel, labels: Sequence[Label], n: int, seed: int = 0) 
     for row, output in zip(rows, model.score_many(_pairs(rows)), strict=True):
         predicted = {name: round(output.unclipped[name], 4) for name in model.card.outputs} | {"scalar": output.scalar}
         labelled = dict(zip(model.manifold.names, row.reward.vector(model.manifold), strict=True))
-        labelled |= {name: getattr(row.reward, name) for name in EXTRA} | {"scalar": row.reward.overall(model.manifold)}
+        labelled |= {name: row.reward.number(name) for name in EXTRA} | {"scalar": row.reward.overall(model.manifold)}
         table.append(
             {"id": row.id, "prompt": row.prompt, "response": row.response, "labelled": labelled, "predicted": predicted}
         )
@@ -220,17 +231,19 @@ def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarra
     """Labels `[N, K + 2]`, NaN where there is none: dimensions, intensity, safety.
 
     A missing intensity is derived from a whole vector: `clip01(|R| / 2 + max_i |r_i - prompt mean of r_i| / 2)`
-    (`science.md` 2.5). Raises: InputError when an output has labels of fewer than two prompts.
+    (`science.md` 2.5), of the seven alone, so that it stays when a person adds a dimension.
+    Raises: InputError when an output has labels of fewer than two prompts.
     """
     if not labels:
         raise InputError("there is not one labelled reply; rate some and run `hominem data split`")
     vectors = np.array([row.reward.vector(manifold) for row in labels], float)
-    scalars = overall(labels, manifold)
+    scalars = overall(labels, manifold.common)
     prompts = np.array([row.prompt_id for row in labels])
-    extra = np.array([[getattr(row.reward, name) for name in EXTRA] for row in labels], float)
-    for index in np.flatnonzero(np.isnan(extra[:, 0]) & ~np.isnan(vectors).any(axis=1)):
-        centre = np.nanmean(vectors[prompts == prompts[index]], axis=0)
-        extra[index, 0] = min(1.0, (abs(scalars[index]) + np.abs(vectors[index] - centre).max()) / 2)
+    extra = np.array([[row.reward.number(name) for name in EXTRA] for row in labels], float)
+    seven = vectors[:, [name in COMMON for name in manifold.names]]
+    for index in np.flatnonzero(np.isnan(extra[:, 0]) & ~np.isnan(seven).any(axis=1)):
+        centre = np.nanmean(seven[prompts == prompts[index]], axis=0)
+        extra[index, 0] = min(1.0, (abs(scalars[index]) + np.abs(seven[index] - centre).max()) / 2)
     values = np.concatenate([vectors, extra], axis=1)
     problems = []
     for name, column in zip((*manifold.names, *EXTRA), values.T, strict=True):
@@ -260,6 +273,7 @@ def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> list[Edit]:
 def describe(model: RewardModel) -> dict:
     """What METADATA says of the numbers: names, meaning, range, and how they were normalised."""
     ranges = {name: [-1.0, 1.0] for name in model.card.outputs} | {"reward_intensity": [0.0, 1.0]}
+    ranges |= {dimension.name: list(dimension.range) for dimension in model.manifold.dimensions}
     meaning = {dimension.name: dimension.question for dimension in model.manifold.dimensions}
     meaning |= {
         "reward_intensity": "How much would learning this reply change future behaviour?",
@@ -288,6 +302,19 @@ def describe(model: RewardModel) -> dict:
             "poolings": list(model.card.poolings),
         },
     }
+
+
+def _refuse_constants(labels: Sequence[Label], manifold: Manifold) -> None:
+    """A dimension that is the same everywhere would be predicted everywhere, with no doubt at all."""
+    given = {name: [v for row in labels if (v := row.reward.number(name)) is not None] for name in manifold.names}
+    problems = [
+        f"{name} is {values[0]:g} in all {len(values)} training rows that have it: nothing can be learnt from it; rate "
+        "it again, or take the number out of the rows"
+        for name, values in given.items()
+        if len(values) > 1 and len(set(values)) == 1
+    ]
+    if problems:
+        raise InputError(problems)
 
 
 def _pairs(labels: Sequence[Label]) -> list[tuple[str, str]]:
@@ -319,10 +346,11 @@ def _fit_head(
 def _fit(
     labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, *, members: int
 ) -> RewardModel:
-    values = targets(labels)
+    manifold = learnable(labels, config.manifold.in_use)
+    values = targets(labels, manifold)
     groups = [row.prompt_id for row in labels]
-    outputs = (*MANIFOLD.names, *EXTRA)
-    card: dict = {"manifold": MANIFOLD, "outputs": outputs}
+    outputs = (*manifold.names, *EXTRA)
+    card: dict = {"manifold": config.manifold.in_use, "outputs": outputs}
     distribution = None
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
@@ -338,7 +366,7 @@ def _fit(
         if members:  # who says how unsure it is also says what it does not know
             z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
             distribution = distributions.fit(z, groups, folds=config.reward.folds, seed=config.reward.seed)
-    made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config)
+    made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config, manifold)
     penalties = dict(zip(outputs, fitted.penalties, strict=True))
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
@@ -352,17 +380,22 @@ def _scalar(
     features: np.ndarray | None,
     backbone: Backbone | None,
     config: Config,
+    manifold: Manifold,
 ) -> tuple[ScalarCard, Gate | None]:
     """How dimensions, predicted with their fold left out `[N, K + 2]`, become one number."""
-    dimensions, wanted = predicted[:, : len(MANIFOLD.names)], overall(labels)
+    dimensions, wanted = predicted[:, : len(manifold.names)], overall(labels, manifold)
     groups = [row.prompt_id for row in labels]
-    weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
+    weights = np.array([dimension.weight for dimension in manifold.dimensions])
     lengths = np.array([log_length(row.response) for row in labels])
     card, gate = ScalarCard(log_length=float(lengths.mean())), None
     if config.reward.length == "removed":
         slopes = length_slopes(dimensions, lengths)
         dimensions = dimensions - np.outer(lengths - lengths.mean(), slopes)
-        card = card.model_copy(update={"slopes": dict(zip(MANIFOLD.names, slopes.tolist(), strict=True))})
+        card = card.model_copy(update={"slopes": dict(zip(manifold.names, slopes.tolist(), strict=True))})
+    seven = np.array([name in COMMON for name in manifold.names])
+    of_them = dimensions[:, seven] @ weights[seven] / weights[seven].sum()
+    # A row without a label in the person's own dimension: left out of the mean, it changes nothing.
+    dimensions = np.where(np.isnan(dimensions) & ~seven, of_them[:, None], dimensions)
     if config.reward.scalar == "gated" and features is not None and backbone is not None:
         asked = prompt_columns(backbone.spec.layers, backbone.spec.poolings, features.shape[1])
         if not len(asked):
@@ -380,7 +413,8 @@ def _scalar(
 
 def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, config: Config, progress) -> dict:
     """Out-of-fold predictions of the model and of n-grams on the same folds, measured."""
-    values, groups = targets(labels), np.array([row.prompt_id for row in labels])
+    manifold = learnable(labels, config.manifold.in_use)
+    values, groups = targets(labels, manifold), np.array([row.prompt_id for row in labels])
     if len(set(groups)) < 3:
         raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
@@ -402,8 +436,16 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
         promised[:, outside] = widths(fitted.left_out)[:, None]
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
-    account = compare(
-        predicted, baseline, values, overall(labels), groups, edits=edits(labels), seed=config.reward.seed
+    lines = own_lines(predicted, baseline, values, groups, manifold)
+    predicted, baseline, values, promised = of_the_seven(manifold, predicted, baseline, values, promised)
+    account = lines | compare(
+        predicted,
+        baseline,
+        values,
+        overall(labels, manifold.common),
+        groups,
+        edits=edits(labels),
+        seed=config.reward.seed,
     )
     account["calibration"] = calibration(predicted, values, promised)
     if features is not None:
@@ -415,5 +457,5 @@ def _pair_accuracy(model: RewardModel, labels: Sequence[Label], features: np.nda
     values, _ = model.predict(features)
     scalar = [model.manifold.scalar(row[: len(model.manifold.names)]) for row in values.tolist()]
     groups = np.array([row.prompt_id for row in labels])
-    accuracy = pair_accuracy(np.array(scalar), overall(labels), groups, low=CLEAR)
+    accuracy = pair_accuracy(np.array(scalar), overall(labels, model.manifold), groups, low=CLEAR)
     return None if np.isnan(accuracy) else round(accuracy, 6)

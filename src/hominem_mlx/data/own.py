@@ -27,13 +27,20 @@ def fill(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
         answers = dict(zip([row.id for row in todo], asking.ask(todo, progress=progress), strict=True))
         done.unanswered = {name: label for name, label in answers.items() if isinstance(label, str)}
-        came = {name: label.reward.own for name, label in answers.items() if isinstance(label, Label)}
+        came = {name: label for name, label in answers.items() if isinstance(label, Label)}
         done.rated = len(came)
-        rows = [with_numbers(row, came[row.id], teacher.name, manifold) if row.id in came else row for row in labels]
+        rows = [_joined(row, came[row.id], config) if row.id in came else row for row in labels]
         if came:
             hold_to_meanings(home, rows, manifold)
             homes.write(home, Label, rows)
         return done
+
+
+def _joined(label: Label, rated: Label, config: Config) -> Label:
+    """The label with the new numbers, and with what the rating says of words that are meant for the judge."""
+    told = {name: value for name, value in rated.metadata.items() if name == homes.INJECTED}
+    label = label.model_copy(update={"metadata": label.metadata | told})
+    return with_numbers(label, rated.reward.own, rated.labeller, config.manifold.in_use)
 
 
 def cost(home: Path, config: Config, teacher: Teacher) -> Cost:

@@ -19,6 +19,7 @@ from test_reward_model import ngram_model, random_head
 
 OUTPUTS = (*MANIFOLD.names, *EXTRA)
 POOLINGS = ("mean", "max", "std", "last", "gap")
+QUESTIONS = ("Is it kind?", "Does it ask?")
 PROMPT, REPLY = "I feel tired.", "That sounds heavy. What would help most? You could rest."
 X, BASE = mx.array([[1.0, 2.0], [3.0, -1.0]]), mx.array([[0.0, 1.0], [1.0, 1.0]])
 
@@ -35,7 +36,8 @@ def model_of(lm, poolings=POOLINGS) -> RewardModel:
         layers=(0, 2),
         poolings=poolings,
     )
-    return RewardModel(card, random_head(2 * len(poolings) * 32), Backbone(reader, (0, 2), poolings))
+    blocks = sum(len(QUESTIONS) if name == "judge" else 1 for name in poolings)
+    return RewardModel(card, random_head(2 * blocks * 32), Backbone(reader, (0, 2), poolings, QUESTIONS))
 
 
 def test_of_a_linear_function_it_is_weight_times_difference():
@@ -117,6 +119,12 @@ def test_places_add_up_exactly_with_what_no_place_makes(tiny):
     for output, found in places(model, PROMPT, REPLY, OUTPUTS).items():
         whole = sum(found["values"]) + found["elsewhere"] + found["start"]
         assert whole == pytest.approx(unclipped[output], abs=2e-5)
+    asked = model_of(tiny(), (*POOLINGS, "judge"))
+    unclipped = asked.score(PROMPT, REPLY).unclipped["empathy"]
+    found = places(asked, PROMPT, REPLY, ["empathy"])["empathy"]
+    assert sum(found["values"]) + found["elsewhere"] + found["start"] == pytest.approx(unclipped, abs=2e-5)
+    (words,) = explain(asked, PROMPT, REPLY, ["empathy"])
+    assert words.is_complete and words.value == pytest.approx(unclipped, abs=1e-4)
     exact = places(model_of(tiny(), ("mean", "max", "last")), PROMPT, REPLY, ["empathy"])["empathy"]
     assert exact["elsewhere"] == 0.0 and any(exact["values"])
 

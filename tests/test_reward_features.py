@@ -222,3 +222,79 @@ def test_idf_by_hand():
     weight = dict(zip(fitted.vocabulary, fitted.idf, strict=True))
     assert weight["w:aa"] == pytest.approx(1.0)  # in all three: log(4 / 4) + 1
     assert weight["w:bb"] == pytest.approx(math.log(4 / 3) + 1)
+
+
+# --- questions asked after the reply --------------------------------------------------------------------------------
+
+QUESTIONS = ("Is it kind?", "Does the reply stay with what the person said?")
+
+
+def test_a_question_is_the_next_turn_of_the_chat_template(tiny):
+    lm = tiny()
+    talk = [
+        {"role": "user", "content": "hi there"},
+        {"role": "assistant", "content": "good day"},
+        {"role": "user", "content": QUESTIONS[0]},
+    ]
+    parts = lm.prompt_tokens("hi there") + lm.response_tokens("good day") + lm.question_tokens(QUESTIONS[0])
+    assert lm.tokenizer.decode(parts) == lm.tokenizer.decode(lm.chat_tokens(talk))
+
+
+def by_reading_the_whole(lm, pair, layers):
+    """A second implementation: each question at the end of a text of its own."""
+    start = lm.prompt_tokens(pair[0]) + lm.response_tokens(pair[1])
+    blocks = []
+    for question in QUESTIONS:
+        tokens = mx.array([start + lm.question_tokens(question)])
+        blocks += [np.array(h[0, -1]) for h in lm.hidden_states(tokens, layers)]
+    return np.concatenate(blocks)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_would_be_answered_is_what_reading_the_whole_text_gives(tiny, goes_on, monkeypatch):
+    lm = tiny()
+    backbone = Backbone(LmReader(lm), [0, 1, 2], ("mean", "judge", "max"), QUESTIONS)
+    assert backbone.reader._can_go_on
+    monkeypatch.setattr(backbone.reader, "_can_go_on", goes_on)
+    features, _ = backbone.read(PAIRS)
+    pooled, _ = Backbone(LmReader(lm), [0, 1, 2], ("mean", "max")).read(PAIRS)
+    np.testing.assert_allclose(features[:, : pooled.shape[1]], pooled, atol=1e-4)
+    expected = np.stack([by_reading_the_whole(lm, pair, [0, 1, 2]) for pair in PAIRS])
+    np.testing.assert_allclose(features[:, pooled.shape[1] :], expected, atol=1e-4)
+    one, other = np.split(expected, 2, axis=1)
+    assert np.abs(one - other).max() > 1e-2  # each question has an answer of its own
+
+
+def test_given_vectors_are_read_in_place_of_the_tokens_before_a_question_too(tiny):
+    backbone = Backbone(LmReader(tiny()), [1, 2], ("mean", "judge"), QUESTIONS)
+    passages = [backbone.reader.passage(*pair) for pair in PAIRS[:2]]
+    longest = max(len(passage.tokens) for passage in passages)
+    tokens = mx.array([passage.tokens + [0] * (longest - len(passage.tokens)) for passage in passages])
+    own = backbone.reader.embed(tokens)
+    plain = backbone.features(passages)
+    np.testing.assert_allclose(backbone.features(passages, own), plain, atol=1e-4)
+    slope = mx.grad(lambda x: backbone.features(passages, x)[:, -32:].sum())(own)
+    assert mx.abs(slope[:, 0]).max().item() > 0  # the answer hangs on the first token
+
+
+def test_questions_are_part_of_what_features_depend_on(tiny):
+    reader = LmReader(tiny())
+    specs = [Backbone(reader, [2], ("mean", "judge"), asked).spec for asked in (QUESTIONS, QUESTIONS[::-1])]
+    plain = Backbone(reader, [2], ("mean",), QUESTIONS).spec
+    assert len({spec.hash for spec in (*specs, plain)}) == 3 and plain.questions == ()
+
+
+def test_a_text_as_long_as_the_context_leaves_room_for_the_question(tiny):
+    lm = tiny()
+    backbone = Backbone(LmReader(lm), [2], ("judge",), QUESTIONS)
+    longest = max(len(lm.question_tokens(question)) for question in QUESTIONS)
+    passage = backbone.reader.passage("hello", "fine " * 900)
+    assert passage.flags == ("truncated",) and len(passage.tokens) + longest == 512
+
+
+def test_an_encoder_cannot_be_asked():
+    class Reader:
+        kind, name, hash, num_layers = "encoder", "all-MiniLM-L6-v2", "", 6
+
+    with pytest.raises(ModelError, match="all-MiniLM-L6-v2 cannot be asked"):
+        Backbone(Reader(), [1], ("judge",), QUESTIONS)

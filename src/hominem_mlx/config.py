@@ -194,11 +194,20 @@ class RewardConfig(Section):
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
     layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
     """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
-    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near"], ...] = ("mean", "max", "std", "gap")
+    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = (
+        "mean",
+        "max",
+        "std",
+        "gap",
+    )
     """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature, `near`
-    the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean."""
+    the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean. `judge` (`lm` only) asks
+    the model each dimension's question after the reply and takes the state with which it would begin to answer."""
     penalties: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
+    edit_weight: NonNegative = 3.0
+    """How much the difference between a contrast edit and its original weighs, beside a reply by itself, in how the
+    dimensions differ; their mean hangs on no weight. 0 is a plain ridge; n-grams have none."""
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     """Folds grouped by prompt."""
     members: Annotated[int, Field(ge=1, le=64)] = 8

@@ -1,9 +1,10 @@
 """A language model as this library uses it: loaded by mlx-lm, with its chat template, hidden states and identity."""
 
+import contextlib
 import functools
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from hominem_mlx.config import home_folder
 from hominem_mlx.errors import ModelError
 from hominem_mlx.files import sha256_bytes, sha256_file, sha256_json
-from hominem_mlx.models import lora, platform, sampling
+from hominem_mlx.models import lora, platform, prefix, sampling
 from hominem_mlx.storage.registry import METADATA, Registry
 
 STARTER = Path(__file__).parents[1] / "starter" / "student"
@@ -78,6 +79,16 @@ class LanguageModel:
         prompt tokens.
         """
         return [*self.tokenizer.encode(self.spoken(response), add_special_tokens=False), self.end_of_turn]
+
+    def question_tokens(self, question: str) -> list[int]:
+        """What follows `response_tokens` where the person asks on, up to the header of the assistant's next turn."""
+        said = [{"role": role, "content": "hello"} for role in ("user", "assistant")]
+        asked = [*said, {"role": "user", "content": question}]
+        before, _, after = self._templated(asked, add_generation_prompt=True, tokenize=False).rpartition(question)
+        text = before.rpartition("hello")[2] + question + after
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        end = self.end_of_turn
+        return tokens[tokens.index(end) + 1 :] if end in tokens else tokens
 
     @functools.cached_property
     def end_of_turn(self) -> int:
@@ -144,6 +155,36 @@ class LanguageModel:
 
         Returns: one `[B, T, D]` float32 array a layer, unnormalised.
         """
+        with self._watched(embedded) as (body, seen):
+            body(tokens)
+        return [seen[layer].astype(mx.float32) for layer in layers]
+
+    def hidden_states_after(
+        self, tokens: mx.array, lengths: mx.array, suffixes: mx.array, layers: Sequence[int]
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """Outputs of blocks for texts and for several suffixes of each; a text is read once.
+
+        Args:
+            tokens: int32 `[B, T]`, padded on the right; lengths: int32 `[B]`, tokens that are real.
+            suffixes: int32 `[K, S]`, padded on the right; each goes on from every text.
+            layers: as in `hidden_states`.
+
+        Returns: one `[B, T, D]` and one `[B, K, S, D]` float32 array a layer. For models that `prefix.can_share`.
+        """
+        texts, kinds = len(tokens), len(suffixes)
+        of = mx.repeat(mx.arange(texts), kinds)
+        with self._watched() as (body, seen):
+            prompts = prefix.Prompts(tokens, lengths, of)
+            records = prefix.read_prompts(body, prompts, self.num_layers)
+            first = [seen[layer].astype(mx.float32) for layer in layers]
+            seen.clear()
+            prefix.read_after(body, prompts, mx.tile(suffixes, (texts, 1)), self.num_layers, records)
+            after = [seen[layer].astype(mx.float32) for layer in layers]
+        return first, [state.reshape(texts, kinds, *state.shape[1:]) for state in after]
+
+    @contextlib.contextmanager
+    def _watched(self, embedded: mx.array | None = None) -> Iterator[tuple[nn.Module, list[mx.array]]]:
+        """The model below its output layer, and a list in which its blocks leave what they make."""
         body = self.model.model
         own = {"layers": body.layers}
         seen: list[mx.array] = []
@@ -152,11 +193,10 @@ class LanguageModel:
             own["embed_tokens"] = self.table
             body.embed_tokens = _Given(embedded)
         try:
-            body(tokens)
+            yield body, seen
         finally:
             for name, value in own.items():
                 setattr(body, name, value)
-        return [seen[layer].astype(mx.float32) for layer in layers]
 
     @property
     def table(self) -> nn.Module:

@@ -125,8 +125,8 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
     The head is linear and `mean`, `max` and `last` are sums over places, so this adds up to 1e-6 of the value. A state
     has read its neighbours: this is where a judgement was read, not why it was made.
 
-    Returns: by output `values` `[R]`, `elsewhere` (what poolings that no single place makes, `std` and `gap`, add), and
-        `start`, the output at the mean of the training rows; all together they are the unclipped output.
+    Returns: by output `values` `[R]`, `elsewhere` (what is read at no single place adds: `std`, `gap`, `judge` and others)
+        and `start`, the output at the mean of the training rows; all together they are the unclipped output.
     """
     backbone = _differentiable(model)
     passage = backbone.reader.passage(prompt, response)
@@ -137,7 +137,7 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
     mean = np.array(head.feature_mean, np.float64)
     added, elsewhere = np.zeros((last - first, weight.shape[1])), np.zeros(weight.shape[1])
     features = np.array(backbone.features([passage])[0], np.float64)
-    names = [(index, pooling) for index in range(len(states)) for pooling in backbone.spec.poolings]
+    names = [(index, pooling) for index in range(len(states)) for pooling in backbone.pooled]
     for number, (layer, pooling) in enumerate(names):
         block = slice(number * size, (number + 1) * size)
         said, w, centre = np.array(states[layer][0, first:last], np.float64), weight[block], mean[block]
@@ -149,6 +149,8 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
             added[-1] += (said[-1] - centre) @ w
         else:
             elsewhere += (features[block] - centre) @ w
+    rest = slice(len(names) * size, None)  # of `judge`
+    elsewhere += (features[rest] - mean[rest]) @ weight[rest]
     start = np.array(head.bias * head.label_scale + head.label_mean, np.float64)
     found = {}
     for output in outputs:

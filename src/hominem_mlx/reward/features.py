@@ -1,8 +1,9 @@
 """What a frozen backbone makes of a prompt and a reply read together: a vector per pair, computed once and kept.
 
-Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D.
+Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D (`judge` counts once a question).
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import Encoder, Passage
 from hominem_mlx.models.platform import lanes
+from hominem_mlx.models.prefix import can_share
 from hominem_mlx.schema import TRUNCATED
 from hominem_mlx.training.rows import Row, fit
 
@@ -27,23 +29,29 @@ Pair = tuple[str, str]
 Progress = Callable[[dict], None]
 SHARD = 64  # rows a cache file: what a kill may cost
 SCORE_BATCH = 16
+JUDGE = "judge"
 LM_TOKENS = 4096  # longest pair a language model reads
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Everything features depend on besides the text. `layers` are block numbers, 0 the embeddings."""
+    """Everything features depend on besides the text.
+
+    `layers` are block numbers, 0 the embeddings; `questions` those of `judge`, () without it.
+    """
 
     backbone: str
     model: str
     layers: tuple[int, ...]
     poolings: tuple[str, ...]
+    questions: tuple[str, ...] = ()
     format: int = 1
 
     @property
     def hash(self) -> str:
         """Name of the cache folder."""
-        return sha256_json(asdict(self))[:16]
+        without_questions = {name: value for name, value in asdict(self).items() if name != "questions"}
+        return sha256_json(asdict(self) if self.questions else without_questions)[:16]
 
 
 class Reader(Protocol):
@@ -112,15 +120,19 @@ class EncoderReader:
 
 
 class LmReader:
-    """Reads the pair through the chat template, as the model would have answered it; never through an adapter."""
+    """Reads the pair through the chat template, as the model would have answered it; never through an adapter.
+
+    With questions, each is also asked after the reply, as the person's next turn.
+    """
 
     kind = "lm"
 
-    def __init__(self, lm: LanguageModel):
+    def __init__(self, lm: LanguageModel, questions: Sequence[str] = ()):
         self.lm, self.name = lm, lm.name
         self.hash, self.num_layers = lm.hash, lm.num_layers
+        self.suffixes = [lm.question_tokens(question) for question in questions]
         limit = getattr(lm.model.args, "max_position_embeddings", None) or LM_TOKENS
-        self.max_tokens = min(limit, LM_TOKENS)
+        self.max_tokens = min(limit, LM_TOKENS) - max(map(len, self.suffixes), default=0)
 
     def passage(self, prompt: str, response: str) -> Passage:
         """The pair in tokens; the token that ends the reply counts as part of it, since it has seen all of it."""
@@ -135,11 +147,42 @@ class LmReader:
         self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
     ) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
-        tokens = np.zeros((len(passages), max(len(passage.tokens) for passage in passages)), np.int32)
-        for index, passage in enumerate(passages):
-            tokens[index, : len(passage.tokens)] = passage.tokens
         with lora.without_adapter(self.lm):
-            return self.lm.hidden_states(mx.array(tokens), layers, embedded)
+            return self.lm.hidden_states(_padded([passage.tokens for passage in passages]), layers, embedded)
+
+    def ask(
+        self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """`hidden_states`, and `[N, K, D]` float32 a layer: where the answer to each question would begin.
+
+        A passage is read once where the model can go on from what it kept, and never with `embedded`.
+        """
+        ends = mx.array([len(suffix) - 1 for suffix in self.suffixes])
+        suffixes = _padded(self.suffixes)
+        with lora.without_adapter(self.lm):
+            if embedded is None and self._can_go_on:
+                tokens = _padded([passage.tokens for passage in passages])
+                lengths = mx.array([len(passage.tokens) for passage in passages])
+                states, after = self.lm.hidden_states_after(tokens, lengths, suffixes, layers)
+                return states, [mx.take_along_axis(h, ends[None, :, None, None], axis=2)[:, :, 0] for h in after]
+            whole = [passage.tokens + suffix for passage in passages for suffix in self.suffixes]
+            tokens = _padded(whole)
+            if embedded is not None:
+                given = mx.repeat(embedded, len(self.suffixes), axis=0)
+                given = mx.pad(given, [(0, 0), (0, tokens.shape[1] - given.shape[1]), (0, 0)])
+                lengths = mx.repeat(mx.array([len(passage.tokens) for passage in passages]), len(self.suffixes))
+                is_given = (mx.arange(tokens.shape[1]) < lengths[:, None])[..., None]
+                embedded = mx.where(is_given, given, self.lm.table(tokens).astype(mx.float32))
+            last = mx.array([len(row) - 1 for row in whole])[:, None, None]
+            states = self.lm.hidden_states(tokens, layers, embedded)
+            answers = [
+                mx.take_along_axis(h, last, axis=1).reshape(len(passages), len(self.suffixes), -1) for h in states
+            ]
+            return [h[:: len(self.suffixes)] for h in states], answers
+
+    @functools.cached_property
+    def _can_go_on(self) -> bool:
+        return can_share(self.lm.model)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens to their own vectors."""
@@ -158,6 +201,14 @@ class LmReader:
         texts = [self.lm.tokenizer.decode(tokens[:count]) for count in range(len(tokens) - ended + 1)]
         texts[:-1] = [text.rstrip("\ufffd") for text in texts[:-1]]  # a sign of several tokens comes with its last one
         return [now[len(before) :] for before, now in itertools.pairwise(texts)] + [""] * ended
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> mx.array:
+    """Tokens `[N, T]`, zeros on the right."""
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for place, row in zip(tokens, rows, strict=True):
+        place[: len(row)] = row
+    return mx.array(tokens)
 
 
 def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str]) -> mx.array:
@@ -209,11 +260,24 @@ def _root(x: mx.array) -> mx.array:
 
 
 class Backbone:
-    """A reader, the layers and poolings that are read, and where results are kept."""
+    """A reader, the layers and poolings that are read, and where results are kept.
 
-    def __init__(self, reader: Reader, layers: Sequence[int], poolings: Sequence[str]):
+    The pooling `judge` is none: it stands for the states with which a language model would begin to answer each of
+    `questions`, asked after the reply, and comes after all poolings, question by question.
+    """
+
+    def __init__(self, reader: Reader, layers: Sequence[int], poolings: Sequence[str], questions: Sequence[str] = ()):
+        if JUDGE in poolings:
+            if not isinstance(reader, LmReader):
+                raise ModelError(
+                    f"{reader.name} cannot be asked a question: take `{JUDGE}` out of reward.poolings, or set "
+                    "reward.backbone=lm"
+                )
+            reader = LmReader(reader.lm, questions)
         self.reader = reader
-        self.spec = FeatureSpec(reader.kind, reader.hash, tuple(layers), tuple(poolings))
+        self.questions = tuple(questions) if JUDGE in poolings else ()
+        self.pooled = tuple(name for name in poolings if name != JUDGE)
+        self.spec = FeatureSpec(reader.kind, reader.hash, tuple(layers), tuple(poolings), self.questions)
         wrong = [layer for layer in layers if not 0 <= layer <= reader.num_layers]
         if wrong:
             raise ModelError(f"{reader.name} has {reader.num_layers} layers; {wrong} cannot be read")
@@ -266,8 +330,15 @@ class Backbone:
         """Features `[N, F]` of passages, as a graph; `embedded` `[N, T, D]` in place of their tokens' own vectors."""
         asked = mx.array([passage.asked for passage in passages])
         said = mx.array([passage.said for passage in passages])
-        states = self.reader.hidden_states(passages, self.spec.layers, embedded)
-        return mx.concatenate([pool(h, asked, said, self.spec.poolings) for h in states], axis=1)
+        answers: list[mx.array] = []
+        if self.questions and isinstance(self.reader, LmReader):
+            states, answers = self.reader.ask(passages, self.spec.layers, embedded)
+        else:
+            states = self.reader.hidden_states(passages, self.spec.layers, embedded)
+        blocks = [pool(h, asked, said, self.pooled) for h in states] if self.pooled else []
+        if answers:
+            blocks.append(mx.stack(answers, axis=2).reshape(len(passages), -1))  # [N, K, layers, D]
+        return mx.concatenate(blocks, axis=1)
 
 
 def layer_numbers(depths: Sequence[float], num_layers: int) -> list[int]:

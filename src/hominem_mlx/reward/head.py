@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from hominem_mlx.reward.contrast import Contrasts
 from hominem_mlx.reward.ridge import Ridge, by_mask
 
 EXTRA = ("reward_intensity", "safety_score")  # the outputs beside the dimensions of the manifold, in this order
@@ -71,8 +72,15 @@ def fit(
     members: int,
     seed: int,
     standardise: bool = True,
+    edits: Sequence[tuple[int, int]] = (),
+    edit_weight: float = 0.0,
+    dimensions: int | None = None,
 ) -> Fitted:
     """Fit the head on training rows.
+
+    With edits each dimension is fitted twice: plainly, and with the edits' differences weighed (`contrast.py`). How
+    dimensions differ is taken from the second, their mean from the first, so that the overall judgement hangs on no
+    weight.
 
     Args:
         features: `[N, F]`.
@@ -84,28 +92,74 @@ def fit(
         members: bootstrap heads, each on prompts drawn with replacement, at the penalties chosen for all.
         seed: of folds and bootstrap.
         standardise: whether features get mean 0 and equal variance; n-gram rows have their length already.
+        edits: contrast edits among the rows, each with the row of its original.
+        edit_weight: of such a difference in how dimensions differ; a row by itself weighs 1.
+        dimensions: how many outputs, from the first, are dimensions of the manifold; by default all.
     """
     mean, scale = _moments(features) if standardise else (np.zeros(features.shape[1]), np.ones(features.shape[1]))
     label_mean, label_scale = _label_moments(labels)
     targets = (labels - label_mean) / label_scale
-    ridge = Ridge((features - mean) / scale if standardise else features)
-
+    z = (features - mean) / scale if standardise else features
     fold = grouped_folds(groups, folds, seed=seed)
+    drawn = _bootstrap_rows(groups, members, seed=seed)
+    found = _regress(z, targets, fold, penalties, drawn)
+    contrasts = Contrasts(edits if edit_weight else (), groups, labels, edit_weight)
+    if contrasts:
+        size = labels.shape[1] if dimensions is None else dimensions
+        weighed = _regress(contrasts.apply(z), contrasts.apply(targets[:, :size]), fold, penalties, drawn)
+        weighed.errors = contrasts.undo(weighed.errors)
+        found = _with_mean_of(found, weighed)
+
+    head = RidgeHead(features.shape[1], labels.shape[1], members)
+    arrays = {"feature_mean": mean, "feature_scale": scale, "label_mean": label_mean, "label_scale": label_scale}
+    arrays |= {"weight": found.weight, "bias": found.bias}
+    if members:
+        arrays |= {"member_weight": found.member_weight, "member_bias": found.member_bias}
+    head.update({name: mx.array(np.asarray(value, np.float32)) for name, value in arrays.items()})
+    return Fitted(head, found.penalties.tolist(), found.errors * label_scale)
+
+
+@dataclass
+class _Regressions:
+    """Of standardised labels; `errors` `[N, O]` are of rows whose fold was left out."""
+
+    weight: np.ndarray  # [F, O]
+    bias: np.ndarray  # [O]
+    member_weight: np.ndarray  # [E, F, O]
+    member_bias: np.ndarray  # [E, O]
+    errors: np.ndarray
+    penalties: np.ndarray  # [O]
+
+
+def _regress(
+    z: np.ndarray, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float], drawn: Sequence[np.ndarray]
+) -> _Regressions:
+    ridge = Ridge(z)
     errors = _fold_errors(ridge, targets, fold, penalties)
     squares = np.where(np.isnan(errors).all(axis=(0, 1)), -np.array(penalties)[:, None], np.nansum(errors**2, axis=1))
     best = squares.argmin(axis=0)  # where nothing could be left out, the strongest penalty: nothing speaks for less
     chosen = np.array(penalties)[best]
-    left_out = np.take_along_axis(errors, best[None, None], axis=0)[0] * label_scale
     weight, bias = ridge.solve(np.arange(len(targets)), targets, chosen)
+    members = ridge.draws(drawn, targets, chosen)
+    return _Regressions(weight, bias, *members, np.take_along_axis(errors, best[None, None], axis=0)[0], chosen)
 
-    head = RidgeHead(features.shape[1], labels.shape[1], members)
-    arrays = {"feature_mean": mean, "feature_scale": scale, "label_mean": label_mean, "label_scale": label_scale}
-    arrays |= {"weight": weight, "bias": bias}
-    if members:
-        weights, biases = ridge.draws(_bootstrap_rows(groups, members, seed=seed), targets, chosen)
-        arrays |= {"member_weight": weights, "member_bias": biases}
-    head.update({name: mx.array(np.asarray(value, np.float32)) for name, value in arrays.items()})
-    return Fitted(head, chosen.tolist(), left_out)
+
+def _with_mean_of(plain: _Regressions, weighed: _Regressions) -> _Regressions:
+    """Dimensions as `weighed` has them, all moved alike so that their mean is that of `plain`; other outputs plain."""
+    size = len(weighed.bias)
+
+    def moved(name: str) -> np.ndarray:
+        made, other = getattr(plain, name).copy(), getattr(weighed, name)
+        there = ~np.isnan(other)  # of a row labelled in part, the mean over what is labelled
+        off = np.where(there, made[..., :size] - other, 0.0).sum(-1, keepdims=True) / np.maximum(
+            there.sum(-1, keepdims=True), 1
+        )
+        made[..., :size] = other + off
+        return made
+
+    penalties = np.concatenate([weighed.penalties, plain.penalties[size:]])
+    names = ("weight", "bias", "member_weight", "member_bias", "errors")
+    return _Regressions(*(moved(name) for name in names), penalties)
 
 
 def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]) -> np.ndarray:

@@ -45,6 +45,7 @@ class Card(BaseModel):
     backbone_hash: str = ""
     layers: tuple[int, ...] = ()
     poolings: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
     penalties: dict[str, float] = {}
     width: dict[str, float] = {}
     scalar: ScalarCard = ScalarCard()
@@ -184,7 +185,7 @@ class RewardModel:
                 f"the reward model was trained on {card.backbone_name} {card.backbone_hash[:12]}, here it is "
                 f"{reader.hash[:12]}: bring that version back, or train again with `hominem train reward`"
             )
-        return Backbone(reader, card.layers, card.poolings)
+        return Backbone(reader, card.layers, card.poolings, card.questions)
 
     def _named(self, members: np.ndarray, weights: np.ndarray) -> dict[str, tuple[float, ...]]:
         """What members `[E, O]` say of each output and the scalar; nothing without members."""

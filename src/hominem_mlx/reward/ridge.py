@@ -77,7 +77,7 @@ class Ridge:
         """
         weight = np.zeros((len(drawn), self.z.shape[1], targets.shape[1]))
         bias = np.zeros((len(drawn), targets.shape[1]))
-        if self.is_dual:
+        if self.is_dual or not drawn:
             for place, rows in enumerate(drawn):
                 weight[place], bias[place] = self.solve(rows, targets, penalties)
             return weight, bias

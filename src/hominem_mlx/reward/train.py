@@ -224,7 +224,8 @@ def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | Non
     if kind == "ngram":
         return None
     reader = open_reader(kind, config.reward.model, home=home, lm=lm, base=config.student.base)
-    return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings)
+    questions = [dimension.question for dimension in MANIFOLD.dimensions]
+    return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings, questions)
 
 
 def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
@@ -329,6 +330,7 @@ def _fit_head(
     *,
     members: int,
     standardise: bool,
+    edited: Sequence[Edit] = (),
 ) -> heads.Fitted:
     reward = config.reward
     return heads.fit(
@@ -340,6 +342,9 @@ def _fit_head(
         members=members,
         seed=reward.seed,
         standardise=standardise,
+        edits=[(edit, origin) for edit, origin, _ in edited],
+        edit_weight=reward.edit_weight,
+        dimensions=len(MANIFOLD.names),
     )
 
 
@@ -358,10 +363,10 @@ def _fit(
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
-        fitted = _fit_head(features, values, groups, config, members=members, standardise=True)
+        fitted = _fit_head(features, values, groups, config, members=members, standardise=True, edited=edits(labels))
         spec, reader = backbone.spec, backbone.reader
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
-        card |= {"layers": spec.layers, "poolings": spec.poolings}
+        card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions}
         made = backbone
         if members:  # who says how unsure it is also says what it does not know
             z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
@@ -429,7 +434,10 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
         if features is not None:
-            fitted = _fit_head(features[inside], values[inside], groups[inside], config, members=0, standardise=True)
+            known = edits([labels[index] for index in inside])
+            fitted = _fit_head(
+                features[inside], values[inside], groups[inside], config, members=0, standardise=True, edited=known
+            )
             predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
         else:
             predicted[outside] = baseline[outside]

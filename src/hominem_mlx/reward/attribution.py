@@ -125,8 +125,8 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
     The head is linear and `mean`, `max` and `last` are sums over places, so this adds up to 1e-6 of the value. A state
     has read its neighbours: this is where a judgement was read, not why it was made.
 
-    Returns: by output `values` `[R]`, `elsewhere` (what is read at no single place adds: `std`, `gap`, `judge` and others)
-        and `start`, the output at the mean of the training rows; all together they are the unclipped output.
+    Returns: by output `values` `[R]`, `elsewhere` (what is read at no single place adds: `std`, `gap`, `judge` and
+        others) and `start`, the output at the mean of the training rows; all together they are the unclipped output.
     """
     backbone = _differentiable(model)
     passage = backbone.reader.passage(prompt, response)

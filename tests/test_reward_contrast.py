@@ -134,3 +134,31 @@ def test_what_an_edit_shares_with_its_original_disturbs_no_longer():
         found = np.array(head.weight * head.label_scale)
         far.append(np.abs((found[:, 0] - found[:, 1]) - (true[:, 0] - true[:, 1])).max())
     assert far[1] < 0.1 and far[1] < far[0] / 2
+
+
+# --- features that one output alone reads ---------------------------------------------------------------------------
+
+
+def test_a_feature_with_an_owner_is_read_by_no_other_output():
+    x, y, groups = problem(features=8)
+    owner = np.array([-1, -1, -1, -1, 0, 0, 1, 1])
+    head = fit(x, y, groups, members=2, owner=owner, **OPTIONS).head
+    weight, members = np.array(head.weight), np.array(head.member_weight)
+    for output, reads in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7], [0, 1, 2, 3])):
+        others = [column for column in range(8) if column not in reads]
+        assert not weight[others, output].any() and not members[:, others, output].any()
+        stretch = np.sqrt(8 / len(reads))  # a row keeps its length whatever it holds
+        alone = fit(x[:, reads] * stretch, y[:, [output]], groups, members=2, **OPTIONS).head
+        np.testing.assert_allclose(weight[reads, output], np.array(alone.weight)[:, 0] * stretch, atol=1e-5)
+        np.testing.assert_allclose(np.array(head.bias)[output], np.array(alone.bias)[0], atol=1e-5)
+        np.testing.assert_allclose(
+            members[:, reads, output], np.array(alone.member_weight)[:, :, 0] * stretch, atol=2e-3
+        )
+
+
+def test_features_that_all_read_are_the_plain_head():
+    x, y, groups = problem(features=8)
+    plain = fit(x, y, groups, members=2, edits=EDITS, edit_weight=1.0, **OPTIONS)
+    other = fit(x, y, groups, members=2, edits=EDITS, edit_weight=1.0, owner=np.full(8, -1), **OPTIONS)
+    np.testing.assert_allclose(other.head.weight, plain.head.weight, atol=1e-6)
+    np.testing.assert_allclose(other.left_out, plain.left_out, atol=1e-9)

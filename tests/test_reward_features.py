@@ -261,6 +261,8 @@ def test_what_would_be_answered_is_what_reading_the_whole_text_gives(tiny, goes_
     np.testing.assert_allclose(features[:, : pooled.shape[1]], pooled, atol=1e-4)
     expected = np.stack([by_reading_the_whole(lm, pair, [0, 1, 2]) for pair in PAIRS])
     np.testing.assert_allclose(features[:, pooled.shape[1] :], expected, atol=1e-4)
+    owner = backbone.owner(features.shape[1])
+    assert (owner[: pooled.shape[1]] == -1).all() and owner[pooled.shape[1] :].tolist() == [0] * 96 + [1] * 96
     one, other = np.split(expected, 2, axis=1)
     assert np.abs(one - other).max() > 1e-2  # each question has an answer of its own
 

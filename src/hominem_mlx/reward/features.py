@@ -282,6 +282,15 @@ class Backbone:
         if wrong:
             raise ModelError(f"{reader.name} has {reader.num_layers} layers; {wrong} cannot be read")
 
+    def owner(self, num_features: int) -> np.ndarray | None:
+        """`[F]`: the number of the question whose answer a feature belongs to, -1 for poolings; None without any."""
+        if not self.questions:
+            return None
+        size = num_features // (len(self.spec.layers) * (len(self.pooled) + len(self.questions)))
+        block = size * len(self.spec.layers)
+        pooled = np.full(block * len(self.pooled), -1)
+        return np.concatenate([pooled, np.repeat(np.arange(len(self.questions)), block)])
+
     def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """Features `[N, F]` float32 and the flags of each pair: in batches, sorted by length, nothing kept."""
         passages = [self.reader.passage(*pair) for pair in pairs]

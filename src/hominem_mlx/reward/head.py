@@ -75,6 +75,7 @@ def fit(
     edits: Sequence[tuple[int, int]] = (),
     edit_weight: float = 0.0,
     dimensions: int | None = None,
+    owner: np.ndarray | None = None,
 ) -> Fitted:
     """Fit the head on training rows.
 
@@ -95,6 +96,8 @@ def fit(
         edits: contrast edits among the rows, each with the row of its original.
         edit_weight: of such a difference in how dimensions differ; a row by itself weighs 1.
         dimensions: how many outputs, from the first, are dimensions of the manifold; by default all.
+        owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. What edits
+            change is an exception: the mean of the dimensions, in which all features of each have their share.
     """
     mean, scale = _moments(features) if standardise else (np.zeros(features.shape[1]), np.ones(features.shape[1]))
     label_mean, label_scale = _label_moments(labels)
@@ -102,11 +105,13 @@ def fit(
     z = (features - mean) / scale if standardise else features
     fold = grouped_folds(groups, folds, seed=seed)
     drawn = _bootstrap_rows(groups, members, seed=seed)
-    found = _regress(z, targets, fold, penalties, drawn)
+    views = _views(owner, labels.shape[1])
+    found = _regress(z, targets, fold, penalties, drawn, views)
     contrasts = Contrasts(edits if edit_weight else (), groups, labels, edit_weight)
     if contrasts:
         size = labels.shape[1] if dimensions is None else dimensions
-        weighed = _regress(contrasts.apply(z), contrasts.apply(targets[:, :size]), fold, penalties, drawn)
+        views = _views(owner, size)
+        weighed = _regress(contrasts.apply(z), contrasts.apply(targets[:, :size]), fold, penalties, drawn, views)
         weighed.errors = contrasts.undo(weighed.errors)
         found = _with_mean_of(found, weighed)
 
@@ -131,17 +136,51 @@ class _Regressions:
     penalties: np.ndarray  # [O]
 
 
+View = tuple[list[int], np.ndarray | None]  # outputs, and the features that they read; None are all
+
+
+def _views(owner: np.ndarray | None, num_outputs: int) -> list[View]:
+    if owner is None:
+        return [(list(range(num_outputs)), None)]
+    alone = [([output], (owner < 0) | (owner == output)) for output in range(num_outputs) if (owner == output).any()]
+    rest = [output for output in range(num_outputs) if not (owner == output).any()]
+    return [*alone, *([(rest, owner < 0)] if rest else [])]
+
+
 def _regress(
-    z: np.ndarray, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float], drawn: Sequence[np.ndarray]
+    z: np.ndarray,
+    targets: np.ndarray,
+    fold: np.ndarray,
+    penalties: Sequence[float],
+    drawn: Sequence[np.ndarray],
+    views: Sequence[View],
 ) -> _Regressions:
-    ridge = Ridge(z)
-    errors = _fold_errors(ridge, targets, fold, penalties)
-    squares = np.where(np.isnan(errors).all(axis=(0, 1)), -np.array(penalties)[:, None], np.nansum(errors**2, axis=1))
-    best = squares.argmin(axis=0)  # where nothing could be left out, the strongest penalty: nothing speaks for less
-    chosen = np.array(penalties)[best]
-    weight, bias = ridge.solve(np.arange(len(targets)), targets, chosen)
-    members = ridge.draws(drawn, targets, chosen)
-    return _Regressions(weight, bias, *members, np.take_along_axis(errors, best[None, None], axis=0)[0], chosen)
+    size, outputs = z.shape[1], targets.shape[1]
+    made = _Regressions(
+        np.zeros((size, outputs)),
+        np.zeros(outputs),
+        np.zeros((len(drawn), size, outputs)),
+        np.zeros((len(drawn), outputs)),
+        np.full(targets.shape, np.nan),
+        np.zeros(outputs),
+    )
+    for own, reads in views:
+        columns = np.arange(size) if reads is None else np.flatnonzero(reads)
+        stretch = np.sqrt(size / len(columns))  # of a standardised row: to mean squared length 1 again
+        ridge = Ridge(z if reads is None else z[:, columns] * z.dtype.type(stretch))
+        y = targets[:, own]
+        errors = _fold_errors(ridge, y, fold, penalties)
+        unknown = np.isnan(errors).all(axis=(0, 1))
+        # where nothing could be left out, the strongest penalty: nothing speaks for less
+        best = np.where(unknown, -np.array(penalties)[:, None], np.nansum(errors**2, axis=1)).argmin(axis=0)
+        chosen = np.array(penalties)[best]
+        weight, made.bias[own] = ridge.solve(np.arange(len(y)), y, chosen)
+        members, made.member_bias[:, own] = ridge.draws(drawn, y, chosen)
+        made.weight[np.ix_(columns, own)] = weight * stretch
+        made.member_weight[np.ix_(range(len(drawn)), columns, own)] = members * stretch
+        made.errors[:, own] = np.take_along_axis(errors, best[None, None], axis=0)[0]
+        made.penalties[own] = chosen
+    return made
 
 
 def _with_mean_of(plain: _Regressions, weighed: _Regressions) -> _Regressions:

@@ -75,7 +75,7 @@ def train(
     settings = config.reward.model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
     features = None if backbone is None else backbone.read_cached(_pairs([*rows, *valid]), registry.home, progress)
-    metrics = _account([*rows, *valid], features, kind, config, progress)
+    metrics = _account([*rows, *valid], features, backbone, config, progress)
 
     if progress:
         progress({"stage": "head", "done": 0, "total": 1})
@@ -121,7 +121,7 @@ def cross_validate(
     kind, _ = choose_backbone(config, home)
     backbone = open_backbone(kind, config, home, lm)
     features = None if backbone is None else backbone.read_cached(_pairs(labels), home, progress)
-    return _account(labels, features, kind, config, progress)
+    return _account(labels, features, backbone, config, progress)
 
 
 def left_out(
@@ -331,6 +331,7 @@ def _fit_head(
     members: int,
     standardise: bool,
     edited: Sequence[Edit] = (),
+    owner: np.ndarray | None = None,
 ) -> heads.Fitted:
     reward = config.reward
     return heads.fit(
@@ -345,6 +346,7 @@ def _fit_head(
         edits=[(edit, origin) for edit, origin, _ in edited],
         edit_weight=reward.edit_weight,
         dimensions=len(MANIFOLD.names),
+        owner=owner,
     )
 
 
@@ -416,7 +418,9 @@ def _scalar(
     return card, gate
 
 
-def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, config: Config, progress) -> dict:
+def _account(
+    labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, progress
+) -> dict:
     """Out-of-fold predictions of the model and of n-grams on the same folds, measured."""
     manifold = learnable(labels, config.manifold.in_use)
     values, groups = targets(labels, manifold), np.array([row.prompt_id for row in labels])
@@ -425,6 +429,7 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
     predicted, baseline = np.zeros_like(values), np.zeros_like(values)
     promised = np.zeros((len(LEVELS), *values.shape))
+    owner = None if backbone is None or features is None else backbone.owner(features.shape[1])
     number_of_folds = int(fold.max()) + 1
     for number in range(number_of_folds):
         inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
@@ -436,7 +441,14 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
         if features is not None:
             known = edits([labels[index] for index in inside])
             fitted = _fit_head(
-                features[inside], values[inside], groups[inside], config, members=0, standardise=True, edited=known
+                features[inside],
+                values[inside],
+                groups[inside],
+                config,
+                members=0,
+                standardise=True,
+                edited=known,
+                owner=owner,
             )
             predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
         else:
@@ -458,6 +470,7 @@ def _account(labels: Sequence[Label], features: np.ndarray | None, kind: str, co
     account["calibration"] = calibration(predicted, values, promised)
     if features is not None:
         account["hidden_norm"] = in_json(hidden_norm(features, scalars(predicted, MANIFOLD)))
+    kind = "ngram" if backbone is None else backbone.reader.kind
     return {"backbone": kind, "rows": len(labels), "prompts": len(set(groups)), "folds": number_of_folds, **account}
 
 

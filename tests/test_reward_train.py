@@ -153,6 +153,48 @@ def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
     assert training.fit_audit(rows, settings("ngram"), lm=tiny()).backbone == "lm"
 
 
+def with_edits(rows: list[Label]) -> list[Label]:
+    """Each prompt's first reply again, without its question, as an edit that lowers curiosity."""
+    edited = []
+    for row in rows:
+        if row.id.endswith("-a"):
+            text = row.response.removesuffix(" how was it?") + " so be it."
+            edit = change(row, curiosity=-0.8)
+            edited.append(
+                edit.model_copy(update=dict(id=row.id + "x", response=text, edit_of=row.id, lowered="curiosity"))
+            )
+    return [*rows, *edited]
+
+
+def test_contrast_edits_count_in_the_head_and_in_its_account(registry, dataset, tiny):
+    parent = dataset(with_edits(corpus()))
+    plain, weighed = (
+        training.train(registry, parent, settings("lm", edit_weight=weight), lm=tiny()) for weight in (0.0, 5.0)
+    )
+    accounts = [artifact.metadata["metrics"] for artifact in (plain, weighed)]
+    assert accounts[0]["contrasts"]["n"] == accounts[1]["contrasts"]["n"] == 12
+    assert accounts[0]["outputs"]["curiosity"]["rmse"] != accounts[1]["outputs"]["curiosity"]["rmse"]
+    assert accounts[0]["outputs"]["safety_score"] == accounts[1]["outputs"]["safety_score"]  # no dimension
+    assert accounts[0]["baseline_outputs"] == accounts[1]["baseline_outputs"]
+    weights = [np.array(RewardModel.load(artifact.folder).head.weight) for artifact in (plain, weighed)]
+    assert np.abs(weights[0] - weights[1])[:, :K].max() > 1e-3
+    np.testing.assert_allclose(weights[0][:, :K].mean(1), weights[1][:, :K].mean(1), atol=1e-6)
+
+
+def test_a_model_that_was_asked_questions_asks_them_again_when_it_scores(registry, dataset, tiny):
+    lm, rows = tiny(), corpus()
+    config = settings("lm", poolings=("mean", "judge"))
+    artifact = training.train(registry, dataset(rows), config, lm=lm)
+    model = RewardModel.load(artifact.folder, lm=lm)
+    assert model.card.questions == tuple(dimension.question for dimension in MANIFOLD.dimensions)
+    pairs = [(row.prompt, row.response) for row in rows[:5]]
+    kept = model.predict(model.read(pairs, registry.home))[0]
+    for output, values in zip(model.score_many(pairs), kept, strict=True):
+        assert list(output.unclipped.values()) == pytest.approx(values.tolist(), abs=1e-3)
+    weight, block = np.array(model.head.weight), 2 * 32
+    assert weight[block : 2 * block, 0].any() and not weight[block : 2 * block, 1:].any()  # empathy's own answer
+
+
 # --- repeatability --------------------------------------------------------------------------------------------------
 
 

@@ -80,8 +80,8 @@ def fit(
     """Fit the head on training rows.
 
     With edits each dimension is fitted twice: plainly, and with the edits' differences weighed (`contrast.py`). How
-    dimensions differ is taken from the second, their mean from the first, so that the overall judgement hangs on no
-    weight.
+    dimensions differ is taken from the second, their mean (each in its standard deviations) from the first, so that
+    the overall judgement stays what it was.
 
     Args:
         features: `[N, F]`.
@@ -96,8 +96,8 @@ def fit(
         edits: contrast edits among the rows, each with the row of its original.
         edit_weight: of such a difference in how dimensions differ; a row by itself weighs 1.
         dimensions: how many outputs, from the first, are dimensions of the manifold; by default all.
-        owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. What edits
-            change is an exception: the mean of the dimensions, in which all features of each have their share.
+        owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. With edits the
+            others get their share of it in the mean.
     """
     mean, scale = _moments(features) if standardise else (np.zeros(features.shape[1]), np.ones(features.shape[1]))
     label_mean, label_scale = _label_moments(labels)
@@ -136,15 +136,15 @@ class _Regressions:
     penalties: np.ndarray  # [O]
 
 
-View = tuple[list[int], np.ndarray | None]  # outputs, and the features that they read; None are all
+View = tuple[np.ndarray, np.ndarray | None]  # outputs, and the features that they read; None are all
 
 
 def _views(owner: np.ndarray | None, num_outputs: int) -> list[View]:
     if owner is None:
-        return [(list(range(num_outputs)), None)]
-    alone = [([output], (owner < 0) | (owner == output)) for output in range(num_outputs) if (owner == output).any()]
-    rest = [output for output in range(num_outputs) if not (owner == output).any()]
-    return [*alone, *([(rest, owner < 0)] if rest else [])]
+        return [(np.arange(num_outputs), None)]
+    owns = np.isin(np.arange(num_outputs), owner)
+    alone = [(np.array([output]), (owner < 0) | (owner == output)) for output in np.flatnonzero(owns)]
+    return alone if owns.all() else [*alone, (np.flatnonzero(~owns), owner < 0)]
 
 
 def _regress(
@@ -177,7 +177,7 @@ def _regress(
         weight, made.bias[own] = ridge.solve(np.arange(len(y)), y, chosen)
         members, made.member_bias[:, own] = ridge.draws(drawn, y, chosen)
         made.weight[np.ix_(columns, own)] = weight * stretch
-        made.member_weight[np.ix_(range(len(drawn)), columns, own)] = members * stretch
+        made.member_weight[np.ix_(np.arange(len(drawn)), columns, own)] = members * stretch
         made.errors[:, own] = np.take_along_axis(errors, best[None, None], axis=0)[0]
         made.penalties[own] = chosen
     return made
@@ -198,7 +198,7 @@ def _with_mean_of(plain: _Regressions, weighed: _Regressions) -> _Regressions:
 
     penalties = np.concatenate([weighed.penalties, plain.penalties[size:]])
     names = ("weight", "bias", "member_weight", "member_bias", "errors")
-    return _Regressions(*(moved(name) for name in names), penalties)
+    return _Regressions(**{name: moved(name) for name in names}, penalties=penalties)
 
 
 def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties: Sequence[float]) -> np.ndarray:

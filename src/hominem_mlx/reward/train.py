@@ -365,7 +365,16 @@ def _fit(
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
-        fitted = _fit_head(features, values, groups, config, members=members, standardise=True, edited=edits(labels))
+        fitted = _fit_head(
+            features,
+            values,
+            groups,
+            config,
+            members=members,
+            standardise=True,
+            edited=edits(labels),
+            owner=backbone.owner(features.shape[1]),
+        )
         spec, reader = backbone.spec, backbone.reader
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions}
@@ -439,7 +448,7 @@ def _account(
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
         if features is not None:
-            known = edits([labels[index] for index in inside])
+            known = edits([labels[index] for index in inside.tolist()])
             fitted = _fit_head(
                 features[inside],
                 values[inside],

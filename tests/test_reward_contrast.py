@@ -1,5 +1,6 @@
 """Contrast edits in the head: the matrix by hand, the regression against rows of differences, folds, masks, members."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -72,10 +73,10 @@ def test_other_prompts_and_other_labels_are_not_joined():
 OPTIONS = {"penalties": (1.0,), "folds": 4, "seed": 0, "standardise": False}
 
 
-def test_how_dimensions_differ_is_from_the_weighed_fit_and_their_mean_from_the_plain_one():
+def test_how_dimensions_differ_is_from_the_weighed_fit_and_their_sum_from_the_plain_one():
     x, y, groups = problem()
     y = (y - y.mean(0)) / y.std(0)
-    head = fit(x, y, groups, members=2, edits=EDITS, edit_weight=3.0, dimensions=2, **OPTIONS).head
+    head = fit(x, y, groups, members=2, edits=EDITS, edit_weight=3.0, shares=(1.0, 1.0), **OPTIONS).head
     plain = fit(x, y, groups, members=2, **OPTIONS).head
     weighed, _ = with_differences(x, y, EDITS, 3.0, 1.0)
     for name in ("weight", "bias", "member_weight", "member_bias"):
@@ -85,6 +86,22 @@ def test_how_dimensions_differ_is_from_the_weighed_fit_and_their_mean_from_the_p
         assert np.abs(ours[..., 0] - theirs[..., 0]).max() > 1e-3
     ours = np.array(head.weight)
     np.testing.assert_allclose(ours[:, 0] - ours[:, 1], weighed[:, 0] - weighed[:, 1], atol=1e-6)
+
+
+def test_the_overall_judgement_hangs_on_no_weight():
+    x, y, groups = problem()
+    y[:, 1] *= 4.0  # dimensions of unlike spread, and unlike importance
+    shares = np.array([1.0, 0.5, 2.0])
+    values = [
+        np.array(
+            fit(x, y, groups, members=0, edits=EDITS, edit_weight=weight, shares=shares, **OPTIONS).head(
+                mx.array(x, mx.float32)
+            )[0]
+        )
+        for weight in (0.0, 3.0)
+    ]
+    np.testing.assert_allclose(values[0] @ shares, values[1] @ shares, atol=1e-5)
+    assert np.abs(values[0] - values[1]).max() > 1e-2
 
 
 def test_without_edits_or_weight_the_head_is_the_plain_one():

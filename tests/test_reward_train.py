@@ -176,9 +176,10 @@ def test_contrast_edits_count_in_the_head_and_in_its_account(registry, dataset, 
     assert accounts[0]["outputs"]["curiosity"]["rmse"] != accounts[1]["outputs"]["curiosity"]["rmse"]
     assert accounts[0]["outputs"]["safety_score"] == accounts[1]["outputs"]["safety_score"]  # no dimension
     assert accounts[0]["baseline_outputs"] == accounts[1]["baseline_outputs"]
-    weights = [np.array(RewardModel.load(artifact.folder).head.weight) for artifact in (plain, weighed)]
-    assert np.abs(weights[0] - weights[1])[:, :K].max() > 1e-3
-    np.testing.assert_allclose(weights[0][:, :K].mean(1), weights[1][:, :K].mean(1), atol=1e-6)
+    heads = [RewardModel.load(artifact.folder).head for artifact in (plain, weighed)]
+    weights = [np.array(head.weight * head.label_scale)[:, :K] for head in heads]
+    assert np.abs(weights[0] - weights[1]).max() > 1e-3
+    np.testing.assert_allclose(weights[0].mean(1), weights[1].mean(1), atol=1e-6)  # the scalar's
 
 
 def test_a_model_that_was_asked_questions_asks_them_again_when_it_scores(registry, dataset, tiny):

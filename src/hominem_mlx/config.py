@@ -207,7 +207,7 @@ class RewardConfig(Section):
     """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
     edit_weight: NonNegative = 3.0
     """How much the difference between a contrast edit and its original weighs, beside a reply by itself, in how the
-    dimensions differ; their mean hangs on no weight. 0 is a plain ridge; n-grams have none."""
+    dimensions differ; the overall judgement hangs on no weight. 0 is a plain ridge; n-grams have none."""
     folds: Annotated[int, Field(ge=2, le=20)] = 5
     """Folds grouped by prompt."""
     members: Annotated[int, Field(ge=1, le=64)] = 8

@@ -74,14 +74,14 @@ def fit(
     standardise: bool = True,
     edits: Sequence[tuple[int, int]] = (),
     edit_weight: float = 0.0,
-    dimensions: int | None = None,
+    shares: Sequence[float] | None = None,
     owner: np.ndarray | None = None,
 ) -> Fitted:
     """Fit the head on training rows.
 
     With edits each dimension is fitted twice: plainly, and with the edits' differences weighed (`contrast.py`). How
-    dimensions differ is taken from the second, their mean (each in its standard deviations) from the first, so that
-    the overall judgement stays what it was.
+    dimensions differ is taken from the second, their weighted sum from the first: the overall judgement stays what it
+    was.
 
     Args:
         features: `[N, F]`.
@@ -95,7 +95,8 @@ def fit(
         standardise: whether features get mean 0 and equal variance; n-gram rows have their length already.
         edits: contrast edits among the rows, each with the row of its original.
         edit_weight: of such a difference in how dimensions differ; a row by itself weighs 1.
-        dimensions: how many outputs, from the first, are dimensions of the manifold; by default all.
+        shares: weights of the dimensions, which are the first outputs, in the overall judgement; by default all
+            outputs are dimensions and weigh the same.
         owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. With edits the
             others get their share of it in the mean.
     """
@@ -109,11 +110,12 @@ def fit(
     found = _regress(z, targets, fold, penalties, drawn, views)
     contrasts = Contrasts(edits if edit_weight else (), groups, labels, edit_weight)
     if contrasts:
-        size = labels.shape[1] if dimensions is None else dimensions
+        share = np.ones(labels.shape[1]) if shares is None else np.asarray(shares, float)
+        size = len(share)
         views = _views(owner, size)
         weighed = _regress(contrasts.apply(z), contrasts.apply(targets[:, :size]), fold, penalties, drawn, views)
         weighed.errors = contrasts.undo(weighed.errors)
-        found = _with_mean_of(found, weighed)
+        found = _with_sum_of(found, weighed, share * label_scale[:size])
 
     head = RidgeHead(features.shape[1], labels.shape[1], members)
     arrays = {"feature_mean": mean, "feature_scale": scale, "label_mean": label_mean, "label_scale": label_scale}
@@ -183,17 +185,20 @@ def _regress(
     return made
 
 
-def _with_mean_of(plain: _Regressions, weighed: _Regressions) -> _Regressions:
-    """Dimensions as `weighed` has them, all moved alike so that their mean is that of `plain`; other outputs plain."""
-    size = len(weighed.bias)
+def _with_sum_of(plain: _Regressions, weighed: _Regressions, share: np.ndarray) -> _Regressions:
+    """Dimensions as `weighed` has them, moved alike until their sum by `share` is that of `plain`; other outputs plain.
+
+    Errors of a row labelled in part are moved by what is labelled.
+    """
+    size = len(share)
 
     def moved(name: str) -> np.ndarray:
         made, other = getattr(plain, name).copy(), getattr(weighed, name)
-        there = ~np.isnan(other)  # of a row labelled in part, the mean over what is labelled
-        off = np.where(there, made[..., :size] - other, 0.0).sum(-1, keepdims=True) / np.maximum(
-            there.sum(-1, keepdims=True), 1
-        )
-        made[..., :size] = other + off
+        off = made[..., :size] - other
+        counts = np.where(np.isnan(off), 0.0, share)
+        total = counts.sum(-1, keepdims=True)
+        mean = (counts * np.nan_to_num(off)).sum(-1, keepdims=True) / np.where(total > 0, total, 1.0)
+        made[..., :size] = other + mean
         return made
 
     penalties = np.concatenate([weighed.penalties, plain.penalties[size:]])

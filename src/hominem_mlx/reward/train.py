@@ -345,7 +345,7 @@ def _fit_head(
         standardise=standardise,
         edits=[(edit, origin) for edit, origin, _ in edited],
         edit_weight=reward.edit_weight,
-        dimensions=len(MANIFOLD.names),
+        shares=[dimension.weight for dimension in MANIFOLD.dimensions],
         owner=owner,
     )
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from hominem_mlx.errors import ModelError
 from hominem_mlx.models import lora
 from hominem_mlx.reward.features import SHARD, Backbone, LmReader, layer_numbers, pool
+from hominem_mlx.reward.model import prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures, pieces
 
 PAIRS = [
@@ -292,6 +293,15 @@ def test_a_text_as_long_as_the_context_leaves_room_for_the_question(tiny):
     longest = max(len(lm.question_tokens(question)) for question in QUESTIONS)
     passage = backbone.reader.passage("hello", "fine " * 900)
     assert passage.flags == ("truncated",) and len(passage.tokens) + longest == 512
+
+
+def test_the_prompts_own_features_are_found_beside_answers(tiny):
+    lm = tiny()
+    backbone = Backbone(LmReader(lm), [1, 2], ("mean", "judge", "prompt"), QUESTIONS)
+    features, _ = backbone.read(PAIRS)
+    alone, _ = Backbone(LmReader(lm), [1, 2], ("prompt",)).read(PAIRS)
+    columns = prompt_columns(backbone.spec, features.shape[1])
+    np.testing.assert_allclose(features[:, columns], alone, atol=1e-4)
 
 
 def test_an_encoder_cannot_be_asked():

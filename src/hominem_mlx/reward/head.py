@@ -108,10 +108,10 @@ def fit(
     drawn = _bootstrap_rows(groups, members, seed=seed)
     views = _views(owner, labels.shape[1])
     found = _regress(z, targets, fold, penalties, drawn, views)
-    contrasts = Contrasts(edits if edit_weight else (), groups, labels, edit_weight)
+    share = np.ones(labels.shape[1]) if shares is None else np.asarray(shares, float)
+    size = len(share)
+    contrasts = Contrasts(edits if edit_weight else (), groups, labels[:, :size], edit_weight)
     if contrasts:
-        share = np.ones(labels.shape[1]) if shares is None else np.asarray(shares, float)
-        size = len(share)
         views = _views(owner, size)
         weighed = _regress(contrasts.apply(z), contrasts.apply(targets[:, :size]), fold, penalties, drawn, views)
         weighed.errors = contrasts.undo(weighed.errors)

@@ -19,7 +19,7 @@ from hominem_mlx.models import backbone as backbones
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
 from hominem_mlx.reward.distribution import Distribution
-from hominem_mlx.reward.features import Backbone, EncoderReader, LmReader, Pair, Progress, Reader
+from hominem_mlx.reward.features import JUDGE, Backbone, EncoderReader, FeatureSpec, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
@@ -105,7 +105,7 @@ class RewardModel:
     def weights(self, features: np.ndarray) -> np.ndarray:
         """What each dimension counts in the scalar, `[N, K]` with sum 1, from features `[N, F]`."""
         if self.gate is not None:
-            asked = prompt_columns(self.card.layers, self.card.poolings, features.shape[1])
+            asked = prompt_columns(self.card, features.shape[1])
             return np.array(self.gate(mx.array(features[:, asked])))
         return np.tile(self._fixed, (len(features), 1))
 
@@ -302,7 +302,7 @@ def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead
 
 def _read_gate(path: Path, card: Card, width: int) -> Gate:
     arrays = _read_arrays(path)
-    asked = prompt_columns(card.layers, card.poolings, width)
+    asked = prompt_columns(card, width)
     gate = Gate(len(asked), [dimension.weight for dimension in card.judged.dimensions])
     _fill(gate, arrays, path, [])
     return gate
@@ -348,11 +348,11 @@ def _home_of(folder: Path) -> Path | None:
     return parents[2] if len(parents) > 2 and parents[1].name == "artifacts" else None
 
 
-def prompt_columns(layers: Sequence[int], poolings: Sequence[str], width: int) -> np.ndarray:
+def prompt_columns(read: Card | FeatureSpec, width: int) -> np.ndarray:
     """Which of `width` features are the prompt's own: what a gate reads."""
-    blocks = len(layers) * len(poolings)
-    size = width // max(1, blocks)
-    own = [place for place in range(blocks) if poolings[place % len(poolings)] == "prompt"]
+    pooled = [name for name in read.poolings if name != JUDGE]
+    size = width // max(1, len(read.layers) * (len(pooled) + len(read.questions)))
+    own = [place for place in range(len(read.layers) * len(pooled)) if pooled[place % len(pooled)] == "prompt"]
     return np.concatenate([np.arange(place * size, (place + 1) * size) for place in own] or [np.arange(0)])
 
 

@@ -413,7 +413,7 @@ def _scalar(
     # A row without a label in the person's own dimension: left out of the mean, it changes nothing.
     dimensions = np.where(np.isnan(dimensions) & ~seven, of_them[:, None], dimensions)
     if config.reward.scalar == "gated" and features is not None and backbone is not None:
-        asked = prompt_columns(backbone.spec.layers, backbone.spec.poolings, features.shape[1])
+        asked = prompt_columns(backbone.spec, features.shape[1])
         if not len(asked):
             raise ConfigError("reward.scalar = gated reads the prompt: add `prompt` to reward.poolings")
         read, seed = features[:, asked], config.reward.seed

@@ -95,7 +95,7 @@ def fit(
         standardise: whether features get mean 0 and equal variance; n-gram rows have their length already.
         edits: contrast edits among the rows, each with the row of its original.
         edit_weight: of such a difference in how dimensions differ; a row by itself weighs 1.
-        shares: weights of the dimensions, which are the first outputs, in the overall judgement; by default all
+        shares: weights of the common dimensions, which are the first outputs, in the overall judgement; by default all
             outputs are dimensions and weigh the same.
         owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. With edits the
             others get their share of it in the mean.

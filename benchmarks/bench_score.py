@@ -7,18 +7,21 @@ written as not holding, with the reason. `benchmarks/README.md` says what is mea
 """
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path[:0] = [str(ROOT / "src")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -83,21 +86,23 @@ def reading(rounds: int, *, install: bool) -> dict[str, Any]:
         return {name: figure(name, None, n=0, how=how) for name in names.values()}
     encoder = load_encoder(folder)
     backbone = Backbone(EncoderReader(encoder, NAME), [encoder.num_layers], ("mean",))
-    theirs, found = torch_reader(encoder), {}
-    for length, name in names.items():
-        pairs = texts(encoder, length)
-        differ = np.abs(backbone.read(pairs)[0] - theirs(pairs)).max()
-        seconds = []
-        for _ in range(rounds + 1):  # the first is for warming up
-            seconds.append((timed(lambda said=pairs: backbone.read(said)), timed(lambda said=pairs: theirs(said))))
-        own, other = (statistics.median(side) for side in zip(*seconds[1:], strict=True))
-        ratios = [mine / its for mine, its in seconds[1:]]
-        how = (
-            f"{1000 * own:.0f} ms against {1000 * other:.0f} ms, tokenised, read and pooled, in turns, "
-            f"{os.cpu_count()} threads each; results differ by {differ:.1e}"
-        )
-        spread = [min(ratios), max(ratios)]
-        found[name] = figure(name, statistics.median(ratios), n=rounds, spread=spread, how=how)
+    found = {}
+    with torch_reader(encoder) as theirs:
+        for length, name in names.items():
+            pairs = texts(encoder, length)
+            asked = as_asked(encoder, pairs)
+            differ = np.abs(backbone.read(pairs)[0] - theirs(asked)[1]).max()
+            seconds = []
+            for _ in range(rounds + 1):  # the first is for warming up
+                seconds.append((timed(lambda said=pairs: backbone.read(said)), theirs(asked)[0]))
+            own, other = (statistics.median(side) for side in zip(*seconds[1:], strict=True))
+            ratios = [mine / its for mine, its in seconds[1:]]
+            how = (
+                f"{1000 * own:.0f} ms, tokenised, read and pooled, against {1000 * other:.0f} ms, read and pooled, "
+                f"in turns, {os.cpu_count()} threads each; results differ by {differ:.1e}"
+            )
+            spread = [min(ratios), max(ratios)]
+            found[name] = figure(name, statistics.median(ratios), n=rounds, spread=spread, how=how)
     return found
 
 
@@ -109,22 +114,30 @@ def texts(encoder: Encoder, length: int) -> list[tuple[str, str]]:
     return [(" ".join(row[: length // 3]), " ".join(row[length // 3 :])) for row in drawn]
 
 
-def torch_reader(encoder: Encoder) -> Callable[[list[tuple[str, str]]], np.ndarray]:
-    """The same by torch and transformers: all texts in one batch, the last block's mean over the reply."""
-    import torch
-    from transformers import BertModel
+def as_asked(encoder: Encoder, pairs: list[tuple[str, str]]) -> str:
+    """Texts as torch gets them: a line of tokens."""
+    passages = [encoder.pair(*pair) for pair in pairs]
+    asked = {"tokens": [p.tokens for p in passages], "types": [p.types for p in passages]}
+    return json.dumps(asked | {"said": [p.said for p in passages]}) + "\n"
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = BertModel.from_pretrained(str(encoder.folder), add_pooling_layer=False).eval()
 
-    def read(pairs: list[tuple[str, str]]) -> np.ndarray:
-        passages = [encoder.pair(*pair) for pair in pairs]
-        tokens, types = (torch.tensor([getattr(p, name) for p in passages]) for name in ("tokens", "types"))
-        with torch.inference_mode():
-            hidden = model(tokens, token_type_ids=types).last_hidden_state
-            return torch.stack([row[slice(*p.said)].mean(0) for row, p in zip(hidden, passages, strict=True)]).numpy()
+@contextlib.contextmanager
+def torch_reader(encoder: Encoder) -> Iterator[Callable[[str], tuple[float, np.ndarray]]]:
+    """Torch and transformers in a process of their own: a line of `as_asked` to seconds and features `[N, D]`."""
+    command = [sys.executable, str(HERE / "bench_torch.py"), str(encoder.folder), str(os.cpu_count() or 1)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
 
-    return read
+        def read(asked: str) -> tuple[float, np.ndarray]:
+            process.stdin.write(asked)
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"torch ended with status {process.wait()}; what it said stands above")
+            told = json.loads(line)
+            return told["seconds"], np.array(told["features"])
+
+        yield read
+        process.stdin.close()
 
 
 def timed(work: Callable[[], Any]) -> float:

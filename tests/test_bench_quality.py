@@ -373,7 +373,9 @@ def test_what_a_model_read_is_kept_and_figures_are_well_formed(tmp_path, tiny_fo
     arguments = [str(tmp_path / "data"), str(tiny_folder), str(tmp_path / "cache")]
     reports = []
     for name in ("first", "again"):
-        command = "bench --backbone lm --only one,hh_harmless --no-install --data {} --model {} --cache {}".format(*arguments)
+        command = "bench --backbone lm --only one,hh_harmless --no-install --data {} --model {} --cache {}".format(
+            *arguments
+        )
         monkeypatch.setattr(sys, "argv", [*command.split(), "--json", str(tmp_path / f"{name}.json")])
         assert bench_quality.main() == 0
         reports.append(json.loads((tmp_path / f"{name}.json").read_text()))

@@ -100,10 +100,11 @@ def fit(
         owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. With edits the
             others get their share of it in the mean.
     """
-    mean, scale = _moments(features) if standardise else (np.zeros(features.shape[1]), np.ones(features.shape[1]))
+    z, mean, scale = features, np.zeros(features.shape[1]), np.ones(features.shape[1])
+    if standardise:
+        z, mean, scale = _standardised(features)
     label_mean, label_scale = _label_moments(labels)
     targets = (labels - label_mean) / label_scale
-    z = (features - mean) / scale if standardise else features
     fold = grouped_folds(groups, folds, seed=seed)
     drawn = _bootstrap_rows(groups, members, seed=seed)
     views = _views(owner, labels.shape[1])
@@ -226,12 +227,19 @@ def _bootstrap_rows(groups: Sequence[str] | np.ndarray, members: int, *, seed: i
     ]
 
 
-def _moments(features) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale `[F]`; the scale holds sqrt(F), so that a standardised row has mean squared length 1."""
-    rows = np.asarray(features, np.float64)
-    spread = rows.std(axis=0)
+def _standardised(features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features `[N, F]` in float64 with mean 0 and equal variance, and what was taken out: mean and scale `[F]`.
+
+    The scale holds sqrt(F), so that a row has mean squared length 1.
+    """
+    z = np.array(features, np.float64)
+    mean = z.mean(axis=0)
+    z -= mean
+    spread = np.sqrt(np.einsum("nf,nf->f", z, z) / len(z))
     spread[spread < 1e-6] = 1.0  # a feature that never moves says nothing and must not divide by nothing
-    return rows.mean(axis=0), spread * np.sqrt(rows.shape[1])
+    scale = spread * np.sqrt(z.shape[1])
+    z /= scale
+    return z, mean, scale
 
 
 def _label_moments(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

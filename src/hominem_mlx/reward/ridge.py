@@ -14,7 +14,7 @@ import numpy as np
 
 # Relative residuals at which conjugate gradients end: with a fold left out, and of a bootstrap draw, which only says
 # how far draws lie apart.
-LEFT_OUT_CLOSE, DRAW_CLOSE, MOST_ROUNDS = 1e-6, 1e-4, 300
+LEFT_OUT_CLOSE, DRAW_CLOSE, MOST_ROUNDS = 1e-5, 1e-3, 300
 
 
 class Whole(NamedTuple):

@@ -47,7 +47,10 @@ def from_account(account: dict[str, Any]) -> dict[str, Any]:
     rows, calibrated, residual = account["rows"], account["calibration"], account["residual"]
     edits, plain, size = account["contrasts"], account["baseline_contrasts"], len(calibrated["outputs"]) - 2
     ours, labels = account["participation_ratio"], account["label_participation_ratio"]
-    start = f"{account['backbone']}, {rows} rows of {account['prompts']} prompts, out of fold"
+    start = (
+        f"{account['backbone']}, {rows} rows of {account['prompts']} prompts, out of fold (reward.edit_weight and the "
+        "poolings were chosen with these rows in view)"
+    )
     c2 = f"{start}; the lowered dimension falls and moves farthest; ngram {plain['share']:.2f}, chance .07"
     c4 = f"{start}; mean {residual['mean']:.3f}, ngram {residual['baseline_mean']:.3f}"
     found = {
@@ -77,5 +80,8 @@ def completeness(rows: Sequence[Label], config: Config, home: Path) -> dict[str,
         outputs = rng.choice(judge.card.outputs, 3, replace=False).tolist()
         found += attribution.explain(judge, outside[index].prompt, outside[index].response, outputs)
     complete, steps = [one.is_complete for one in found], [one.steps for one in found]
-    how = f"{len(found) // 3} replies, three outputs each; {np.median(steps):.0f} points, at most {max(steps)}"
+    how = (
+        f"{len(found) // 3} replies, three outputs each; {np.median(steps):.0f} points, at most {max(steps)}; within "
+        "5 % of the difference and 0.001"
+    )
     return figure("C6", float(np.mean(complete)), n=len(found), how=how)

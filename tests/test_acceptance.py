@@ -243,6 +243,9 @@ def test_paired_differences_by_hand(labels, calm):
     assert found["residual"]["high"] < 0 and 0.1 < found["drift"] < 1
     told = by_name(checks(calm | {"against": {"name": "reward_model/1", **found}}))
     assert told["against_residual"].refuses and "reward_model/1" in told["against_residual"].what
+    one_prompt = np.isin(GROUPS, GROUPS[:1])  # which cannot tell
+    few = successor.paired(*(values[one_prompt] for values in (worse, good(labels), labels, scalar, GROUPS)))
+    assert refusals(checks(calm | {"against": {"name": "1", **few}})) == []
     back = successor.paired(good(labels), worse, labels, scalar, GROUPS)
     assert refusals(checks(calm | {"against": {"name": "1", **back}})) == []
 

@@ -10,6 +10,7 @@ import pytest
 
 from hominem_mlx.errors import InputError
 from hominem_mlx.evaluation.goals import goals, holds
+from hominem_mlx.metrics import spearman
 from hominem_mlx.reward.head import grouped_folds
 from hominem_mlx.reward.ridge import Ridge
 
@@ -219,6 +220,17 @@ def test_conjugate_gradients_find_what_the_normal_equations_give(monkeypatch, in
     assert not np.isnan(found).any()
 
 
+@pytest.mark.parametrize("intercept", [True, False])
+def test_ending_early_changes_no_order_of_predictions(monkeypatch, intercept):
+    x, y, fold = problem(rows=400, features=60)
+    rows = Dense(x, fold != 2, centre=intercept)
+    exact = left_out(rows, y, fold, 2, (0.1, 2.0), intercept=intercept)
+    monkeypatch.setattr(bench_folds, "DUAL_ROWS", 0)
+    found = left_out(rows, y, fold, 2, (0.1, 2.0), intercept=intercept)
+    for one, other in zip(found.reshape(2, -1), exact.reshape(2, -1), strict=True):
+        assert spearman(one, other) > 0.999
+
+
 def test_a_row_is_never_predicted_by_a_regression_that_saw_it():
     x, y, fold = problem()
     rows = Dense(x, fold != 0)
@@ -391,6 +403,7 @@ def test_what_a_model_read_is_kept_and_figures_are_well_formed(tmp_path, tiny_fo
     assert figures["C1_hh_harmless"]["value"] == again["sets"][0]["together"]["stacked"]["mean"]
     assert figures["C1_diasafety"]["value"] is None and "not measured" in figures["C1_diasafety"]["how"]
     assert figures["C1"]["n"] == 2
+    assert figures["C1_minutes"]["value"] is None and "not all" in figures["C1_minutes"]["how"]  # --only was given
     assert "hh_harmless" in bench_quality.markdown(again)
 
 

@@ -48,6 +48,13 @@ def test_more_columns_than_rows_and_a_column_that_never_moves():
     assert found.axes[:, 3] == pytest.approx(0) and found.loadings[:, 3] == pytest.approx(0)
 
 
+def test_beside_a_single_direction_stands_a_column_of_zeros():
+    halo = np.repeat(np.arange(6.0)[:, None], 3, axis=1)
+    found = projection.pca(halo)
+    places = found.places(halo)
+    assert len(found.shares) == 1 and places.shape == (6, 2) and not places[:, 1].any() and places[:, 0].any()
+
+
 @pytest.mark.parametrize("rows", [np.zeros((0, 3)), np.ones((9, 3)), np.eye(3)[:2]])
 def test_rows_without_a_direction_are_refused(rows):
     with pytest.raises(InputError, match=r"fewer than three of them different"):

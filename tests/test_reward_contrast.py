@@ -70,6 +70,13 @@ def test_other_prompts_and_other_labels_are_not_joined():
     assert not np.array_equal(after[:2, 0], y[:2, 0])
 
 
+def test_an_edit_whose_original_lacks_a_label_leaves_the_others_joined():
+    _, y, groups = problem()
+    y[6, 1] = NAN
+    made, alone = Contrasts([(7, 6), (8, 7)], groups, y, 3.0), Contrasts([(8, 7)], groups, y, 3.0)
+    np.testing.assert_array_equal(made.apply(y), alone.apply(y))
+
+
 OPTIONS = {"penalties": (1.0,), "folds": 4, "seed": 0, "standardise": False}
 
 
@@ -171,6 +178,14 @@ def test_a_feature_with_an_owner_is_read_by_no_other_output():
         np.testing.assert_allclose(
             members[:, reads, output], np.array(alone.member_weight)[:, :, 0] * stretch, atol=2e-3
         )
+
+
+def test_where_every_feature_has_an_owner_the_other_outputs_read_them_all():
+    x, y, groups = problem(features=8)
+    head = fit(x, y, groups, members=0, owner=np.repeat([0, 1], 4), **OPTIONS).head
+    plain = fit(x, y, groups, members=0, **OPTIONS).head
+    np.testing.assert_allclose(np.array(head.weight)[:, 2], np.array(plain.weight)[:, 2], atol=1e-6)
+    assert not np.array(head.weight)[4:, 0].any()
 
 
 def test_features_that_all_read_are_the_plain_head():

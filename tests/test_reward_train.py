@@ -381,3 +381,11 @@ def test_the_scalar_is_made_as_the_settings_say(registry, dataset, tiny):
 def test_a_gate_without_the_prompt_among_the_poolings_is_refused(registry, dataset, tiny):
     with pytest.raises(ConfigError, match="add `prompt` to reward"):
         training.train(registry, dataset(corpus(6)), settings("lm", scalar="gated"), lm=tiny())
+
+
+def test_edits_that_two_rated_are_not_weighed():
+    first, second, *_ = corpus(1)
+    edit = second.model_copy(update={"edit_of": first.id, "lowered": "empathy"})
+    mine = edit.model_copy(update={"labeller": "human"})
+    assert training.edits([first, edit], same_rater=True) == training.edits([first, edit]) == [(1, 0, 0)]
+    assert training.edits([first, mine], same_rater=True) == [] and len(training.edits([first, mine])) == 1

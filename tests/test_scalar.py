@@ -97,3 +97,9 @@ def test_a_gate_is_the_same_each_time():
     features, values, scalar, groups = problem(gated=True)
     one, other = (fit_gate(features, values, scalar, groups, [1.0, 1.0])[0] for _ in range(2))
     assert mx.array_equal(one.outer.weight, other.outer.weight)
+
+
+def test_pairs_from_a_handful_of_prompts_teach_no_gate():
+    features, values, scalar, groups = problem(gated=True, prompts=20)
+    gate, said = fit_gate(features, values, scalar, groups // 10, [1.0, 1.0])
+    assert gate is None and said["wanted_prompts"] == 5

@@ -216,7 +216,8 @@ class RewardConfig(Section):
     """How dimensions become one number: `linear` by their weights; `gated` by weights that hang on the prompt, where
     2,000 pairs of labels say that this is better. It wants `prompt` among the poolings."""
     length: Literal["kept", "removed"] = "kept"
-    """Whether the scalar keeps what each dimension owes to the length of a reply."""
+    """Whether the scalar keeps what each dimension owes to the length of a reply. This and `scalar` are for scores,
+    pairs and comparisons; acceptance, attribution and reinforcement go by the plain weighted mean."""
     seed: int = 0
     """Seed of folds and bootstrap."""
 

@@ -76,7 +76,9 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
         lm = backbone.load(config.student.base, revision=config.student.revision, home=home)
 
         model = reward.train(registry, parts["labels"], config, lm=lm, progress=progress)
-        if reasons := refusals(checks(model.metadata["metrics"])):
+        reasons = refusals(checks(model.metadata["metrics"]))
+        registry.examined(model, reasons, by="demo")
+        if reasons:
             raise NotGoodEnough("\n".join([f"{model.ref} is kept but not used:", *reasons]))
         registry.use(model)
         judge = RewardModel.load(model.folder, lm=lm, manifold=config.manifold.in_use)

@@ -52,9 +52,9 @@ def reward(session: Session, rows: int, against: str | None) -> None:
         raise InputError(f"{suite.ref} holds labels of fewer than two prompts; label more prompts, then data split")
     learnt = session.current("dataset", "hominem data split", pointer="labels")
     baseline = recipe.fit_baseline(dataset.read_labels(learnt, "train"), session.config)
+    before = session.registry.get("reward_model", against.removeprefix("reward_model/")) if against else None
     account = acceptance.held_out(model, baseline, labels, seed=seed)
-    if against is not None:
-        before = session.registry.get("reward_model", against.removeprefix("reward_model/"))
+    if before is not None:
         account["against"] = successor.against(model, before, labels, seed=seed, curvature=True)
     known = [*dataset.read_labels(learnt, "train"), *dataset.read_labels(learnt, "valid")]
     backbone = model.features if isinstance(model.features, Backbone) else None

@@ -103,7 +103,10 @@ def draw(
                 "rows": len(values),
                 "columns": values.shape[1],
                 "shares": flat.shares[:10].tolist(),
-                "correlations": dict(zip(names, beside.tolist(), strict=True)),
+                "correlations": {
+                    name: [None if np.isnan(r) else r for r in row]
+                    for name, row in zip(names, beside.tolist(), strict=True)
+                },
             }
             keep(by_category([("", places)], categories[rows], _along(flat)), f"{space}-pca")
         keep(by_value(places, material.labels[rows], names, _along(flat)), f"{space}-pca-dimensions")

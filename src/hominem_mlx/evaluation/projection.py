@@ -32,8 +32,12 @@ class Pca:
     loadings: np.ndarray
 
     def places(self, values: np.ndarray) -> np.ndarray:
-        """Where rows `[M, F]` lie along each direction, `[M, C]`, in standard deviations of the fitted columns."""
-        return (np.asarray(values, float) - self.mean) / self.scale @ self.axes.T
+        """Where rows `[M, F]` lie along each direction, `[M, C]`, in standard deviations of the fitted columns.
+
+        A column of zeros stands beside a single direction: pictures have two axes.
+        """
+        found = (np.asarray(values, float) - self.mean) / self.scale @ self.axes.T
+        return found if found.shape[1] > 1 else np.pad(found, ((0, 0), (0, 1)))
 
 
 def pca(values: np.ndarray) -> Pca:

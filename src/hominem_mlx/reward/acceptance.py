@@ -20,7 +20,7 @@ from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.reward.smoothness import WANTED, under_edits, under_noise
 from hominem_mlx.reward.train import edits, overall, targets
 
-ROWS, PAIRS, CONTRASTS = 300, 30, 120  # fewer refuse nothing
+ROWS, PAIRS, PROMPTS, CONTRASTS = 300, 30, 5, 120  # fewer refuse nothing
 MANY_ROWS = 1000  # find a residual correlation of .1 in four cases of five; 300 one of .2 in nearly nine of ten
 BY_FAR = 5  # times its goal: where an edit that means nothing refuses a model
 BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt}
@@ -79,7 +79,7 @@ def checks(account: dict[str, Any]) -> list[Check]:
             "label_directions",
             "independent directions of the labels; fewer are one impression in disguise: relabel",
             account["label_participation_ratio"],
-            broken=True,
+            broken=account["whole"] >= PAIRS,
             at_least=2.5,
         ),
         _check("clear_pairs", "clear pairs in order; a coin has .5", account["pair_accuracy"], broken=told, above=0.5),
@@ -236,12 +236,14 @@ def _categories(account: dict[str, Any]) -> list[Check]:
 
 
 def _against(account: dict[str, Any]) -> list[Check]:
-    if account.get("against") is None:
+    beside = account.get("against")
+    if beside is None:
         return []
     found = []
     for key, what in (("pair_accuracy", "clear pairs in order"), ("residual", "mean residual correlation")):
-        what = f"{what}: gain over {account['against']['name']}, at the best end of the interval"
-        found.append(_check(f"against_{key}", what, account["against"][key]["high"], broken=True, at_least=0.0))
+        what = f"{what}: gain over {beside['name']}, at the best end of the interval"
+        told = beside["pairs"] >= PAIRS and beside["prompts"] >= PROMPTS
+        found.append(_check(f"against_{key}", what, beside[key]["high"], broken=told, at_least=0.0))
     return found
 
 

@@ -71,6 +71,9 @@ def drops(
         rows = categories == name
         said: dict[str, Any] = {"rows": int(rows.sum())}
         for suffix, predicted in (("", seen[rows]), ("_unseen", unseen[rows])):
+            if np.isnan(predicted).any():  # what was left could not teach every output
+                said |= {"pairs": 0, f"pair_accuracy{suffix}": float("nan"), f"residual{suffix}": float("nan")}
+                continue
             right, _ = metrics.pair_outcomes(scalars(predicted, manifold), scalar[rows], groups[rows], low=CLEAR)
             said["pairs"] = len(right)
             said[f"pair_accuracy{suffix}"] = float(right.mean()) if len(right) >= FEWEST else float("nan")

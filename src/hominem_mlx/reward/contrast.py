@@ -30,10 +30,13 @@ class Contrasts:
         there = ~np.isnan(labels)
         edges = [(a, b) for a, b in edits if groups[a] == groups[b] and (there[a] == there[b]).all()]
         self._blocks = []
+        edges_of: dict[int, list[tuple[int, int]]] = {}
+        for a, b in edges:
+            edges_of.setdefault(a, []).append((a, b))
         for rows in _joined(edges):
             place = {row: index for index, row in enumerate(rows)}
             laplacian = np.zeros((len(rows), len(rows)))
-            for a, b in ((place[a], place[b]) for a, b in edges if a in place):
+            for a, b in ((place[a], place[b]) for row in rows for a, b in edges_of.get(row, ())):
                 laplacian[[a, b], [a, b]] += 1
                 laplacian[[a, b], [b, a]] -= 1
             values, vectors = np.linalg.eigh(laplacian)

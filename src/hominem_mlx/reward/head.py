@@ -147,7 +147,8 @@ def _views(owner: np.ndarray | None, num_outputs: int) -> list[View]:
         return [(np.arange(num_outputs), None)]
     owns = np.isin(np.arange(num_outputs), owner)
     alone = [(np.array([output]), (owner < 0) | (owner == output)) for output in np.flatnonzero(owns)]
-    return alone if owns.all() else [*alone, (np.flatnonzero(~owns), owner < 0)]
+    common = owner < 0 if (owner < 0).any() else None  # where every feature has an owner, the others read them all
+    return alone if owns.all() else [*alone, (np.flatnonzero(~owns), common)]
 
 
 def _regress(

@@ -109,9 +109,10 @@ def pair_temperature(margins: np.ndarray) -> float:
 
 def ordered_pairs(scalar: np.ndarray, groups: Sequence[str] | np.ndarray) -> np.ndarray:
     """Places `[M, 2]` of replies to one prompt, the better first, whose labels `[N]` differ by at least 0.05."""
-    owner, found = np.asarray(groups), []
-    for group in np.unique(owner):
-        for a, b in itertools.combinations(np.flatnonzero(owner == group), 2):
+    _, owner = np.unique(np.asarray(groups), return_inverse=True)
+    order, found = np.argsort(owner, kind="stable"), []
+    for rows in np.split(order, np.flatnonzero(np.diff(owner[order])) + 1):
+        for a, b in itertools.combinations(rows.tolist(), 2):
             gap = scalar[a] - scalar[b]
             if abs(gap) >= CLOSE:
                 found.append((a, b) if gap > 0 else (b, a))
@@ -147,6 +148,8 @@ def fit_gate(
         return None, {"pairs": len(known), "wanted": MANY_PAIRS}
     fold = grouped_folds(groups, 5, seed=seed)[known[:, 0]]
     learnt, stopping, deciding = known[fold > 1], known[fold == 0], known[fold == 1]
+    if not (len(learnt) and len(stopping) and len(deciding)):
+        return None, {"pairs": len(known), "wanted_prompts": 5}
     with seeded(seed):
         gate = Gate(features.shape[1], weights)
     inside = np.unique(learnt)
@@ -159,7 +162,7 @@ def fit_gate(
 
     def losses(gate: Gate, pairs: np.ndarray) -> mx.array:
         first, second = mx.array(pairs[:, 0]), mx.array(pairs[:, 1])
-        margin = (gate(x[first]) * (r[first] - r[second])).sum(-1)
+        margin = (gate(x[first]) * r[first] - gate(x[second]) * r[second]).sum(-1)  # each as it will be scored
         return mx.logaddexp(0.0, -margin / temperature)
 
     optimizer = optim.AdamW(learning_rate=RATE, weight_decay=DECAY)

@@ -65,10 +65,10 @@ def paired(
         now, before: `[N, K + 2]`; labels: `[N, K + 2]`, NaN where there is none; scalar: overall label `[N]`.
         groups: the prompt of each row.
 
-    Returns: `pair_accuracy` of clear pairs (of `pairs`) and `residual`, the mean residual correlation, each
-        `{"now", "before", "mean", "low", "high"}`: the difference and its 95 % interval by bootstrap over prompts;
-        and `drift`, in [0, 1], how far the two differ in which replies they hold to be alike (`metrics.rdm_drift` of
-        the dimensions in standard deviations).
+    Returns: `pair_accuracy` of clear pairs (`pairs` of them, of `prompts`) and `residual`, the mean residual
+        correlation, each `{"now", "before", "mean", "low", "high"}`: the difference and its 95 % interval by bootstrap
+        over prompts; and `drift`, in [0, 1], how far the two differ in which replies they hold to be alike
+        (`metrics.rdm_drift` of the dimensions in standard deviations).
     """
     size = len(manifold.names)
     first, owners = metrics.pair_outcomes(scalars(now, manifold), scalar, groups, low=CLEAR)
@@ -84,6 +84,7 @@ def paired(
     return in_json(
         {
             "pairs": len(first),
+            "prompts": len(np.unique(owners)),
             "pair_accuracy": ordered | metrics.paired_bootstrap(first, second, owners, seed=seed)._asdict(),
             "residual": {"now": _correlation(new, truth), "before": _correlation(old, truth)}
             | metrics.bootstrap_statistic(gain, groups[whole], seed=seed)._asdict(),

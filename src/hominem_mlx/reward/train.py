@@ -75,7 +75,7 @@ def train(
     settings = config.reward.model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
     features = None if backbone is None else backbone.read_cached(_pairs([*rows, *valid]), registry.home, progress)
-    metrics = _account([*rows, *valid], features, backbone, config, progress)
+    metrics = _account([*rows, *valid], features, backbone, config, progress, learnt=rows)
 
     if progress:
         progress({"stage": "head", "done": 0, "total": 1})
@@ -136,6 +136,8 @@ def left_out(
 ) -> np.ndarray:
     """What is said of each row by a model that never saw its part, `[N, K + 2]` of the seven dimensions, unclipped.
 
+    NaN where what is left cannot teach every output.
+
     Args:
         labels: rows `[N]` that may be learnt from.
         parts: `[N]`, any names; each part is left out in turn.
@@ -148,7 +150,11 @@ def left_out(
     for done, part in enumerate(names, 1):
         inside, outside = np.flatnonzero(parts != part).tolist(), np.flatnonzero(parts == part).tolist()
         ours = None if features is None else features[inside]
-        model = _fit([labels[index] for index in inside], ours, backbone, config, members=0)
+        try:
+            model = _fit([labels[index] for index in inside], ours, backbone, config, members=0)
+        except InputError:  # an output is labelled in this part only, so that nothing can be said of it
+            found[outside] = np.nan
+            continue
         if features is None:
             theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
         else:
@@ -261,14 +267,18 @@ def overall(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarra
     return np.array([row.reward.overall(manifold) for row in labels], float)
 
 
-def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> list[Edit]:
-    """The contrast edits among rows whose originals are there too."""
+def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD, *, same_rater: bool = False) -> list[Edit]:
+    """The contrast edits among rows whose originals are there too.
+
+    With `same_rater` only those that one rater has rated: numbers of two also differ because the two do.
+    """
     place = {row.id: index for index, row in enumerate(labels)}
-    return [
+    found = [
         (index, place[row.edit_of], manifold.names.index(row.lowered))
         for index, row in enumerate(labels)
         if row.edit_of in place and row.lowered in manifold.names
     ]
+    return [one for one in found if not same_rater or labels[one[0]].labeller == labels[one[1]].labeller]
 
 
 def describe(model: RewardModel) -> dict:
@@ -372,7 +382,7 @@ def _fit(
             config,
             members=members,
             standardise=True,
-            edited=edits(labels),
+            edited=edits(labels, same_rater=True),
             owner=backbone.owner(features.shape[1]),
         )
         spec, reader = backbone.spec, backbone.reader
@@ -419,7 +429,8 @@ def _scalar(
         read, seed = features[:, asked], config.reward.seed
         gate, decided = fit_gate(read, dimensions, wanted, groups, weights.tolist(), seed=seed)
         card = card.model_copy(update={"gate": decided})
-    scalar = dimensions @ weights / weights.sum()
+    shares = weights / weights.sum() if gate is None else np.array(gate(mx.array(read)))
+    scalar = (dimensions * shares).sum(axis=1)
     pairs = ordered_pairs(np.where(np.isnan(scalar), np.nan, wanted), groups)
     if len(pairs):
         temperature = pair_temperature(scalar[pairs[:, 0]] - scalar[pairs[:, 1]])
@@ -428,10 +439,19 @@ def _scalar(
 
 
 def _account(
-    labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, progress
+    labels: Sequence[Label],
+    features: np.ndarray | None,
+    backbone: Backbone | None,
+    config: Config,
+    progress,
+    *,
+    learnt: Sequence[Label] = (),
 ) -> dict:
-    """Out-of-fold predictions of the model and of n-grams on the same folds, measured."""
-    manifold = learnable(labels, config.manifold.in_use)
+    """Out-of-fold predictions of the model and of n-grams on the same folds, measured.
+
+    A person's own dimension is in it when the model has it: where the rows `learnt` from can teach it.
+    """
+    manifold = learnable(learnt or labels, config.manifold.in_use)
     values, groups = targets(labels, manifold), np.array([row.prompt_id for row in labels])
     if len(set(groups)) < 3:
         raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
@@ -448,7 +468,7 @@ def _account(
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
         if features is not None:
-            known = edits([labels[index] for index in inside.tolist()])
+            known = edits([labels[index] for index in inside.tolist()], same_rater=True)
             fitted = _fit_head(
                 features[inside],
                 values[inside],

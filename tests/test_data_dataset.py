@@ -16,7 +16,7 @@ from hominem_mlx.data.split import Texts, by_split, near_duplicates, split_of, w
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import read_jsonl, write_jsonl
 from hominem_mlx.records import Label, Preference, RecallQuestion, Reward, SftPair, Thumb
-from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, RewardOutput
 
 # --- the split ------------------------------------------------------------------------------------------------------
 
@@ -384,6 +384,23 @@ def test_on_policy_pairs_come_from_training_prompts_alone(registry, home, some):
     assert seen[-1] == {"stage": "on-policy pairs", "done": 8, "total": 8}
     with pytest.raises(ConfigError, match=r"pairs\.on_policy = 4 needs"):
         preferences.pair(registry, labels, config)
+
+
+def test_an_answer_that_attacks_its_judge_anchors_nothing(registry, home, some):
+    fill(home, *some)
+
+    class Attacked(Scorer):
+        def score_many(self, pairs):
+            flagged = {"flags": (ADVERSARIAL,)}
+            return [said.model_copy(update=flagged) if "bad" in reply or number % 16 > 11 else said
+                    for number, ((_, reply), said) in enumerate(zip(pairs, super().score_many(pairs)))]  # fmt: skip
+
+    config = load_config(overrides=["pairs.on_policy=4"])
+    labels = dataset.split(registry, home, Config())["labels"]
+    made = preferences.pair(registry, labels, config, scorer=Attacked(), generator=Student())
+    anchors = read_jsonl(made.file("anchors.jsonl"), SftPair)
+    assert len(anchors) == 6, "every answer to one prompt in four attacks"
+    assert all(anchor.response.startswith("good") for anchor in anchors), "the first answer to each is flagged"
 
 
 def test_labels_that_make_no_pair_are_refused(registry, home):

@@ -18,7 +18,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.policy import guards, rl
 from hominem_mlx.policy.episodes import play, to_play
 from hominem_mlx.records import Label, Reward, SftPair, Turn
-from hominem_mlx.schema import MANIFOLD, RewardOutput
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, RewardOutput
 from hominem_mlx.training import conflicts
 from hominem_mlx.training.rows import Row
 
@@ -422,6 +422,37 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_straight_run_does(registry, li
 def test_what_is_unsafe_is_never_reinforced(registry, line, talker, method):
     unsafe = Planted("unsafe", share_of_vowels, safety=-1.0)
     made = train(registry, line, talker(), f"rl.method={method}", scorer=unsafe)
+    assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
+    assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
+
+
+class Swayed(Planted):
+    """A judge that likes what is long, and says that everything with an `a` in it attacks the judge."""
+
+    def score_many(self, pairs):
+        said = super().score_many(pairs)
+        flags = [(ADVERSARIAL,) if "a" in response else () for _, response in pairs]
+        return [one.model_copy(update={"flags": each}) for one, each in zip(said, flags)]
+
+
+def test_an_answer_that_attacks_its_judge_is_not_reinforced_by_hand():
+    said = Swayed("swayed", len).score_many([("Hi", "an attack"), ("Hi", "hello"), ("Hi", "all 1.0")])
+    verdicts = rl.Verdicts.of(said)
+    settings = load_config().rl
+    assert rl.may_be_learnt(verdicts, settings).tolist() == [0, 1, 0]
+    unsafe = dataclasses.replace(verdicts, safety=np.array([1.0, (settings.safety_low + settings.safety_high) / 2, 1]))
+    assert rl.may_be_learnt(unsafe, settings).tolist() == pytest.approx([0, 0.5, 0])
+    plain = rl.Verdicts(np.zeros((2, 7)), np.zeros(2), np.ones(2))
+    assert rl.may_be_learnt(plain, settings).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("method", ["rloo", "dpo"])
+def test_what_attacks_its_judge_is_never_reinforced(registry, line, talker, method):
+    class Attacked(Planted):
+        def score_many(self, pairs):
+            return [said.model_copy(update={"flags": (ADVERSARIAL,)}) for said in super().score_many(pairs)]
+
+    made = train(registry, line, talker(), f"rl.method={method}", scorer=Attacked("attacked", share_of_vowels))
     assert made.metadata["metrics"]["training"]["skipped_steps"] == 4
     assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
 

@@ -10,14 +10,14 @@ from hominem_mlx.config import Config
 from hominem_mlx.data import agreement
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.answers import Progress
+from hominem_mlx.data.meanings import MIXED, OWN, fingerprint, hold_to_meanings, teller, with_numbers_of
 from hominem_mlx.data.rater import Asking
 from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import sha256_json, write_jsonl
-from hominem_mlx.records import Label, Reward, Trajectory
-from hominem_mlx.schema import Teacher
+from hominem_mlx.records import Label, Trajectory
+from hominem_mlx.schema import Manifold, Teacher
 
-MIXED = "mixed"  # in a label's metadata: fingerprint of its numbers when they were mixed
 RETEST_SHARE, RETEST_ROWS = 0.10, 20  # of a teacher's labels; a handful would show nothing
 
 
@@ -40,7 +40,7 @@ def retest(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
     """
     with alone_with(home, teacher, "rating a second time"):
         drawn, there = _retested(home, config, teacher)
-        asking = Asking(config, teacher, (), repeat=1)
+        asking = Asking(home, config, teacher, (), repeat=1)
         refuse_if_dear(teacher, estimate(teacher, asking.questions(drawn)))
         done = Again(kept=len(there))
         new = _sorted_out(drawn, asking.ask(drawn, progress=progress), done)
@@ -51,7 +51,8 @@ def retest(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
 
 def retest_cost(home: Path, config: Config, teacher: Teacher) -> Cost:
     """What `retest` would ask of the teacher."""
-    return estimate(teacher, Asking(config, teacher, (), repeat=1).questions(_retested(home, config, teacher)[0]))
+    asking = Asking(home, config, teacher, (), repeat=1)
+    return estimate(teacher, asking.questions(_retested(home, config, teacher)[0]))
 
 
 def _retested(home: Path, config: Config, teacher: Teacher) -> tuple[list[Trajectory], list[Label]]:
@@ -78,11 +79,12 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
 
     All are brought to the scale of the teacher that has said most, then each counts by its precision in each number
     (`agreement`); what each said stays in `opinions.jsonl`. A person's label stays what it is, and so does one that
-    came in or was mended by hand since.
+    came in or was mended by hand since. A person's numbers in dimensions of their own stay in whatever label.
     """
+    manifold = config.manifold.in_use
     with alone_with(home, teacher, "asking for a second opinion"):
         todo, kept = _others(home, teacher)
-        asking = Asking(config, teacher, first_ratings(home))
+        asking = Asking(home, config, teacher, first_ratings(home))
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
         done = Again(kept=kept)
         new = _sorted_out(todo, asking.ask(todo, progress=progress), done)
@@ -99,10 +101,11 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
         weights = agreement.precisions(found)
         said, on_scale = (_by_place(rows) for rows in (opinions, agreement.on_one_scale(opinions)))
         mixed = [
-            _mixed(row, on_scale[place], weights) if _is_made_of(row, said.get(place, [])) else row
+            _mixed(row, on_scale[place], weights, manifold) if _is_made_of(row, said.get(place, []), manifold) else row
             for row, place in ((row, homes.place(row)) for row in labels)
         ]
         if mixed != labels:
+            hold_to_meanings(home, mixed, manifold)
             homes.write(home, Label, mixed)
         speakers = {row.labeller for row in opinions}
         done.unknown = sorted(speakers - {labeller for labeller, _ in weights})
@@ -111,7 +114,7 @@ def second(home: Path, config: Config, teacher: Teacher, *, progress: Progress |
 
 def second_cost(home: Path, config: Config, teacher: Teacher) -> Cost:
     """What `second` would ask of the teacher."""
-    asking = Asking(config, teacher, first_ratings(home))
+    asking = Asking(home, config, teacher, first_ratings(home))
     return estimate(teacher, asking.questions(_others(home, teacher)[0]))
 
 
@@ -132,28 +135,32 @@ def _by_place(rows: Sequence[Label]) -> dict[tuple[str, ...], list[Label]]:
     return found
 
 
-def _is_made_of(label: Label, opinions: Sequence[Label]) -> bool:
-    """Whether a label says what teachers said, so that it may be mixed anew: no newer row, none mended by hand."""
-    spoken = {row.labeller: _fingerprint(row.reward) for row in opinions}
+def _is_made_of(label: Label, opinions: Sequence[Label], manifold: Manifold) -> bool:
+    """Whether a label says what teachers said, so that it may be mixed anew: no newer row, none mended by hand.
+
+    What others have added since in dimensions of the person's own does not count.
+    """
+    added = [name for name in label.reward.own if teller(label, name) != label.labeller]
+    spoken = {row.labeller: fingerprint(with_numbers_of(row, label, added, manifold).reward) for row in opinions}
     if len(opinions) < 2 or label.labeller == homes.HUMAN:
         return False
     if label.labeller in spoken:
-        return spoken[label.labeller] == _fingerprint(label.reward)
-    as_mixed = label.metadata.get(MIXED, _fingerprint(label.reward))
-    return set(label.labeller.split("+")) <= spoken.keys() and as_mixed == _fingerprint(label.reward)
+        return spoken[label.labeller] == fingerprint(label.reward)
+    as_mixed = label.metadata.get(MIXED, fingerprint(label.reward))
+    return set(label.labeller.split("+")) <= spoken.keys() and as_mixed == fingerprint(label.reward)
 
 
-def _fingerprint(reward: Reward) -> str:
-    return sha256_json(reward.model_dump(exclude_none=True))[:12]
-
-
-def _mixed(label: Label, opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> Label:
+def _mixed(
+    label: Label, opinions: Sequence[Label], weights: Mapping[tuple[str, str], float], manifold: Manifold
+) -> Label:
+    """The label as what these opinions say together; numbers by a person stay, and those that none of them has."""
     speakers = sorted(row.labeller for row in opinions)
     rationale = " ".join(row.rationale for row in opinions if row.rationale)
     reward = agreement.mix(opinions, weights)
-    metadata = {**label.metadata, MIXED: _fingerprint(reward)}
+    metadata = {name: value for name, value in label.metadata.items() if name != OWN} | {MIXED: fingerprint(reward)}
     update = {"labeller": "+".join(speakers), "reward": reward, "rationale": rationale, "metadata": metadata}
-    return label.model_copy(update=update)
+    stay = [name for name in label.reward.own if teller(label, name) == homes.HUMAN or reward.number(name) is None]
+    return with_numbers_of(label.model_copy(update=update), label, stay, manifold)
 
 
 def _sorted_out(rows: Sequence[Trajectory], labels: Sequence[Label | str], done: Again) -> list[Label]:
@@ -167,5 +174,5 @@ def _sorted_out(rows: Sequence[Trajectory], labels: Sequence[Label | str], done:
 def as_candidate(row: Label) -> Trajectory:
     """A labelled reply as the candidate it was."""
     values = row.model_dump(include={"id", "prompt_id", "category", "prompt", "response", "edit_of", "lowered"})
-    metadata = {name: value for name, value in row.metadata.items() if name != MIXED}
+    metadata = {name: value for name, value in row.metadata.items() if name not in (MIXED, OWN)}
     return Trajectory(**values, labeller=str(metadata.get("written_by", "")), metadata=metadata)

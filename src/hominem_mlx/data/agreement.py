@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from pydantic import BaseModel
 
+from hominem_mlx.data.meanings import teller
 from hominem_mlx.data.split import split_of
 from hominem_mlx.metrics import pearson
 from hominem_mlx.records import Label, Reward
@@ -141,7 +142,8 @@ def mix(opinions: Sequence[Label], weights: Mapping[tuple[str, str], float]) -> 
 
 
 def _number(label: Label, name: str) -> float | None:
-    return label.reward.number(name)
+    """A number by the label's own rater: one that somebody else has added to the label says nothing of that rater."""
+    return label.reward.number(name) if teller(label, name) == label.labeller else None
 
 
 def _numbers(rows: Sequence[Label]) -> tuple[str, ...]:

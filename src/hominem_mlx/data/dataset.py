@@ -19,7 +19,7 @@ from hominem_mlx.abuse import is_adversarial
 from hominem_mlx.config import Config
 from hominem_mlx.data import exports, formats
 from hominem_mlx.data import home as homes
-from hominem_mlx.data.meanings import completed, hold_to_meanings
+from hominem_mlx.data.meanings import completed, hold_to_meanings, is_own_alone
 from hominem_mlx.data.split import Texts, split_of, words
 from hominem_mlx.errors import InputError
 from hominem_mlx.files import explain, read_jsonl, write_jsonl
@@ -78,14 +78,15 @@ def import_file(
         labeller: who rated the labels that do not say it; `human` wins over any teacher.
         left_out: gets how many rows were right and of no use here, by reason.
         manifold: the dimensions in use. Labels in none but the person's own among them are added to the label that
-            their reply has.
+            their reply has, in the home or in the file; where it has none they are left out.
 
     Returns: how many rows were added, replaced and kept, by kind. Raises: InputError naming every bad row.
     """
     if kind is not None and kind not in formats.KINDS:
         raise InputError(f"there is no kind {kind!r}; kinds are {', '.join(formats.KINDS)}")
     with homes.holding(home, f"importing {Path(path).name}"):
-        rows = _read_any(Path(path), kind, labeller, Counter() if left_out is None else left_out, manifold)
+        left_out = Counter() if left_out is None else left_out
+        rows = _with_label(home, path, _read_any(Path(path), kind, labeller, left_out, manifold), left_out)
         _refuse_recall_leaks(home, path, rows)
         hold_to_meanings(home, [row for _, row in rows if isinstance(row, Label)], manifold)
         counts: Counts = {}
@@ -96,6 +97,28 @@ def import_file(
             if new:
                 counts[name] = _merge(home, model, new, wins=homes.newer_wins)
         return counts
+
+
+def _with_label(
+    home: Path, path: Path, rows: list[tuple[str, Record]], left_out: Counter[str]
+) -> list[tuple[str, Record]]:
+    """The rows without those that would add to a label that is not there: half of one would pass for a rated reply."""
+    labels = [row for _, row in rows if isinstance(row, Label)]
+    labelled = {homes.place(row) for row in [*homes.read(home, Label), *labels] if not is_own_alone(row)}
+    kept, lost = [], []
+    for where, row in rows:
+        alone = isinstance(row, Label) and is_own_alone(row) and homes.place(row) not in labelled
+        (lost if alone else kept).append((where, row))
+    if lost:
+        lines = ", ".join(where.rpartition(":")[2] for where, _ in lost)
+        reason = (
+            f"rows with numbers in your own dimensions alone, for replies without a label that they could join (line "
+            f"{lines}): label these replies first (`hominem data rate`), then import the file again"
+        )
+        if not kept:
+            raise InputError(f"{path}: there is no row in it to take; {len(lost)} {reason}")
+        left_out[reason] += len(lost)
+    return kept
 
 
 def _merge(home: Path, model: type[homes.Row], new: Iterable[homes.Row], *, wins) -> dict[str, int]:
@@ -213,7 +236,7 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
             "`hominem data rate`"
         )
     given = [row for rows in parts.preferences.values() for row in rows]
-    with registry.draft("raw") as draft:
+    with registry.draft("raw", manifold=manifold) as draft:
         write_jsonl(draft.folder / "labels.jsonl", _by_id(learnable))
         write_jsonl(draft.folder / "memory.jsonl", parts.memory)
         if given:
@@ -227,7 +250,7 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
             draft.metrics["attacks_left_out"] = len(parts.attacks)
             draft.notes["left_out"] = parts.attacks
     raw = draft.published
-    with registry.draft("dataset", parents=[raw], config={"holds": "labels"}) as draft:
+    with registry.draft("dataset", parents=[raw], config={"holds": "labels"}, manifold=manifold) as draft:
         for part in ("train", "valid"):
             write_jsonl(draft.folder / f"labels.{part}.jsonl", parts.labels[part])
             if given:
@@ -237,7 +260,7 @@ def split(registry: Registry, home: Path, config: Config) -> dict[str, Artifact]
             write_jsonl(draft.folder / THUMBS, parts.thumbs)
         write_jsonl(draft.folder / "memory.jsonl", parts.memory)
     labels = draft.published
-    with registry.draft("suite") as draft:
+    with registry.draft("suite", manifold=manifold) as draft:
         write_jsonl(draft.folder / "labels.jsonl", parts.held_labels)
         write_jsonl(draft.folder / "recall.jsonl", parts.recall)
         write_jsonl(draft.folder / "fixtures.jsonl", parts.fixtures)

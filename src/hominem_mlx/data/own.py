@@ -23,31 +23,28 @@ def fill(home: Path, config: Config, teacher: Teacher, *, progress: Progress | N
     with alone_with(home, teacher, "rating in dimensions of your own"):
         labels = homes.read(home, Label, manifold)
         todo, wanted, done = _lacking(labels, config)
-        asking = Asking(config, teacher, labels, wanted=wanted)
+        asking = Asking(home, config, teacher, labels, wanted=wanted)
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
         answers = dict(zip([row.id for row in todo], asking.ask(todo, progress=progress), strict=True))
         done.unanswered = {name: label for name, label in answers.items() if isinstance(label, str)}
         came = {name: label for name, label in answers.items() if isinstance(label, Label)}
         done.rated = len(came)
-        rows = [_joined(row, came[row.id], config) if row.id in came else row for row in labels]
+        # Whether the other numbers came of an answer that speaks to its judge is not for this rating to say.
+        rows = [
+            with_numbers(row, came[row.id].reward.own, teacher.name, manifold) if row.id in came else row
+            for row in labels
+        ]
         if came:
             hold_to_meanings(home, rows, manifold)
             homes.write(home, Label, rows)
         return done
 
 
-def _joined(label: Label, rated: Label, config: Config) -> Label:
-    """The label with the new numbers, and with what the rating says of words that are meant for the judge."""
-    told = {name: value for name, value in rated.metadata.items() if name == homes.INJECTED}
-    label = label.model_copy(update={"metadata": label.metadata | told})
-    return with_numbers(label, rated.reward.own, rated.labeller, config.manifold.in_use)
-
-
 def cost(home: Path, config: Config, teacher: Teacher) -> Cost:
     """What `fill` would ask of the teacher."""
     labels = homes.read(home, Label, config.manifold.in_use)
     todo, wanted, _ = _lacking(labels, config)
-    return estimate(teacher, Asking(config, teacher, labels, wanted=wanted).questions(todo))
+    return estimate(teacher, Asking(home, config, teacher, labels, wanted=wanted).questions(todo))
 
 
 def _lacking(labels: list[Label], config: Config) -> tuple[list[Trajectory], dict[str, set[str]], Again]:

@@ -260,6 +260,7 @@ def pair(
         config={"holds": "pairs", **settings.model_dump(mode="json")},
         seed=settings.seed,
         inputs=inputs,
+        manifold=config.manifold.in_use,
     ) as draft:
         for part, rows_of_part in pairs.items():
             write_jsonl(draft.folder / f"preferences.{part}.jsonl", rows_of_part)
@@ -281,8 +282,8 @@ def pair(
 def _on_policy(
     rows: Sequence[Label], config: Config, generator: Generator, scorer: Scorer, progress: Progress | None
 ) -> tuple[list[Preference], list[SftPair], int]:
-    """Pairs of the student's own replies to the prompts of `rows`, one a prompt as it came (an anchor), and how many
-    replies are in no pair because their score is flagged.
+    """Pairs of the student's own replies to the prompts of `rows`, one a prompt as it came (an anchor; the first that
+    attacks no judge), and how many replies are in no pair because their score is flagged.
     """
     known = {row.prompt: row for row in rows}
     prompts = sorted(known)
@@ -303,8 +304,9 @@ def _on_policy(
         if progress:
             progress({"stage": "on-policy pairs", "done": min(start + CHUNK, len(prompts)), "total": len(prompts)})
     anchors = [
-        SftPair(id=f"anchor-{known[prompt].prompt_id}", instruction=prompt, response=said[0][0], source="student")
+        SftPair(id=f"anchor-{known[prompt].prompt_id}", instruction=prompt, response=honest[0], source="student")
         for prompt, said in candidates.items()
+        if (honest := [reply for reply, output in said if ADVERSARIAL not in output.flags])
     ]
     made = [
         pair.model_copy(update={"prompt_id": known[pair.prompt].prompt_id, "category": known[pair.prompt].category})

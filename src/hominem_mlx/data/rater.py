@@ -14,7 +14,7 @@ from hominem_mlx.config import Config
 from hominem_mlx.data import home as homes
 from hominem_mlx.data import questions
 from hominem_mlx.data.answers import Progress, ask
-from hominem_mlx.data.meanings import hold_to_meanings
+from hominem_mlx.data.meanings import hold_to_meanings, refuse_other_meanings
 from hominem_mlx.data.questions import Question
 from hominem_mlx.data.recorded import RecordedTeacher
 from hominem_mlx.data.teacher import Cost, alone_with, estimate, refuse_if_dear
@@ -62,7 +62,7 @@ def rate(
     """
     with alone_with(home, teacher, "rating candidates"):
         todo, labels, kept = unrated(home, only)
-        asking = Asking(config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
+        asking = Asking(home, config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
         refuse_if_dear(teacher, estimate(teacher, asking.questions(todo)))
         done = Rated(kept=kept)
         new, open_items = [], []
@@ -85,7 +85,7 @@ def rate(
 def cost(home: Path, config: Config, teacher: Teacher, *, only: Collection[str] | None = None) -> Cost:
     """What `rate` would ask of the teacher, before anything is sent."""
     todo, labels, _ = unrated(home, only)
-    asking = Asking(config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
+    asking = Asking(home, config, teacher, [*labels, *homes.read_aside(home, homes.OPINIONS)])
     return estimate(teacher, asking.questions(todo))
 
 
@@ -121,15 +121,19 @@ class Asking:
     """One teacher, asked for ratings as the settings say.
 
     Args:
+        home: whose labels the ratings join.
         config: `teacher.rate_mode`, `data.seed` and the manifold.
         teacher: who is asked.
         labels: ratings there are, beside which edits are judged.
         repeat: above 0 asks anew, in another order of the dimensions.
         wanted: by id of a reply the dimensions that are asked for, and no other number; None is a whole rating.
+
+    Raises: InputError where a dimension meant something else in the home's labels: before anything is paid for.
     """
 
     def __init__(
         self,
+        home: Path,
         config: Config,
         teacher: Teacher,
         labels: Sequence[Label],
@@ -137,6 +141,7 @@ class Asking:
         repeat: int = 0,
         wanted: Mapping[str, Collection[str]] | None = None,
     ):
+        refuse_other_meanings(home, config.manifold.in_use)
         self.config, self.teacher, self.repeat, self.wanted = config, teacher, repeat, wanted
         self._originals = {row.id: row for row in labels if row.labeller == teacher.name}
 

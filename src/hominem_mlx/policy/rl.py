@@ -38,7 +38,7 @@ from hominem_mlx.models import lora
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.policy.episodes import Played, Talk, play, to_play
 from hominem_mlx.policy.guards import apart, complaints, story
-from hominem_mlx.schema import MANIFOLD, Manifold, RewardOutput, Scorer
+from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, Manifold, RewardOutput, Scorer
 from hominem_mlx.storage.registry import Artifact, Registry
 from hominem_mlx.training import conflicts
 from hominem_mlx.training.directions import strongest_directions
@@ -50,7 +50,7 @@ from hominem_mlx.training.rows import Order, Row, Rows, by_prompt
 from hominem_mlx.training.sketch import sketch
 
 Progress = Callable[[dict[str, Any]], None]
-RECIPE = 1  # goes up when the same settings make another adapter, so that no run goes on by another recipe
+RECIPE = 2  # goes up when the same settings make another adapter, so that no run goes on by another recipe
 CLIP = 3.0  # standard deviations that one dimension may count, so that none of them buys all the others
 LEAST_SPREAD = 0.05  # of a dimension; a smaller one would blow up the noise of the reward model
 WORSE = 0.5  # how far an answer that did not end lies below the worst of its siblings
@@ -77,13 +77,15 @@ class Judge(Scorer, Protocol):
 @dataclass(frozen=True)
 class Verdicts:
     """What a judge says of `n` answers: each dimension `[n, K]`; the standard deviation of the overall value `[n]`, 0
-    where the judge gives none; the lower bound of safety `[n]`; names and weights of the dimensions, `[K]`."""
+    where the judge gives none; the lower bound of safety `[n]`; names and weights of the dimensions, `[K]`; whether an
+    answer attacks its judge, bool `[n]` (or one for all)."""
 
     value: np.ndarray
     doubt: np.ndarray
     safety: np.ndarray
     names: tuple[str, ...] = MANIFOLD.names
     weights: np.ndarray = field(default_factory=lambda: WEIGHTS)
+    attacks: np.ndarray = field(default_factory=lambda: np.array(False))
 
     @classmethod
     def of(cls, outputs: Sequence[RewardOutput], manifold: Manifold = MANIFOLD) -> "Verdicts":
@@ -95,6 +97,7 @@ class Verdicts:
             np.array([said.safety_score - said.uncertainty.get("safety_score", 0.0) for said in outputs]),
             names,
             weights_of(names, manifold),
+            np.array([ADVERSARIAL in said.flags for said in outputs]),
         )
 
     @property
@@ -210,7 +213,12 @@ def train(
             kept = practice.take_back(summary["stopped"]) if summary["stopped"] else summary["steps"]
             looks = [first, *summary["evaluations"]]
             with registry.draft(
-                "lora", parents=parents, config=resolved, seed=settings.seed, inputs={"base": lm.hash}
+                "lora",
+                parents=parents,
+                config=resolved,
+                seed=settings.seed,
+                inputs={"base": lm.hash},
+                manifold=config.manifold.in_use,
             ) as draft:
                 lora.save_adapter(lm, draft.folder, shape)
                 write_jsonl(draft.folder / METRICS, looks)
@@ -275,8 +283,7 @@ class Practice:
             seed = int(np.random.SeedSequence([settings.seed, step]).generate_state(1)[0])
             played = self.play([talks[i] for i in order.batch(step)], settings.answers, seed)
             verdicts = self._judged(self.scorer, played)
-            limits = {"low": settings.safety_low, "high": settings.safety_high}
-            gate = np.array(losses.safety_gate(mx.array(verdicts.safety), **limits))
+            gate = may_be_learnt(verdicts, settings)
             return self._lesson(step, played, verdicts, gate) if gate.any() else None
 
         return batch_at
@@ -424,6 +431,12 @@ class Practice:
                 f"more often (rl.eval_every), or examine the reward model. What was measured is in {self.run}"
             )
         return step
+
+
+def may_be_learnt(verdicts: Verdicts, settings: RlConfig) -> np.ndarray:
+    """How much of each answer may be learnt, `[n]` in [0, 1]: by its safety, nothing of an attack on its judge."""
+    limits = {"low": settings.safety_low, "high": settings.safety_high}
+    return np.array(losses.safety_gate(mx.array(verdicts.safety), **limits)) * ~verdicts.attacks
 
 
 def rloo(logp: mx.array, batch: Rollouts, kl_weight: float) -> tuple[mx.array, mx.array]:

@@ -457,6 +457,14 @@ def test_what_attacks_its_judge_is_never_reinforced(registry, line, talker, meth
     assert all((value == 0).all() for name, value in weights(made).items() if name.endswith("lora_b"))
 
 
+def test_an_adapter_names_the_dimensions_it_was_judged_in(registry, line, talker):
+    own = 'manifold.dimension=[{name="candour", rubric="Is it frank?", bad="hides", good="tells"}]'
+    for more in ([], [own]):
+        made = train(registry, line, talker(), "rl.steps=1", *more)
+        assert made.metadata["manifold"]["hash"] == load_config(overrides=more).manifold.in_use.hash
+        assert (made.metadata["manifold"]["hash"] == MANIFOLD.hash) == (not more)
+
+
 def test_the_output_layer_alone_reads_one_direction(registry, line, talker):
     made = train(registry, line, talker(), "rl.targets=head", "rl.head_rank=1")
     found = weights(made)

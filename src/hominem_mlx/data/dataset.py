@@ -105,7 +105,8 @@ def _with_label(
     """The rows without those that would add to a label that is not there: half of one would pass for a rated reply."""
     labels = [row for _, row in rows if isinstance(row, Label)]
     labelled = {homes.place(row) for row in [*homes.read(home, Label), *labels] if not is_own_alone(row)}
-    kept, lost = [], []
+    kept: list[tuple[str, Record]] = []
+    lost: list[tuple[str, Record]] = []
     for where, row in rows:
         alone = isinstance(row, Label) and is_own_alone(row) and homes.place(row) not in labelled
         (lost if alone else kept).append((where, row))

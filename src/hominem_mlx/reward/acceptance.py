@@ -20,7 +20,8 @@ from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.reward.smoothness import WANTED, under_edits, under_noise
 from hominem_mlx.reward.train import edits, overall, targets
 
-ROWS, PAIRS, PROMPTS, CONTRASTS = 300, 30, 5, 120  # fewer refuse nothing
+ROWS, PAIRS, CONTRASTS = 300, 30, 120  # fewer refuse nothing
+SUCCESSOR_PAIRS, SUCCESSOR_PROMPTS = 10, 4  # fewer do not tell a model from its predecessor
 MANY_ROWS = 1000  # find a residual correlation of .1 in four cases of five; 300 one of .2 in nearly nine of ten
 BY_FAR = 5  # times its goal: where an edit that means nothing refuses a model
 BOUNDS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt}
@@ -242,7 +243,7 @@ def _against(account: dict[str, Any]) -> list[Check]:
     found = []
     for key, what in (("pair_accuracy", "clear pairs in order"), ("residual", "mean residual correlation")):
         what = f"{what}: gain over {beside['name']}, at the best end of the interval"
-        told = beside["pairs"] >= PAIRS and beside["prompts"] >= PROMPTS
+        told = beside["pairs"] >= SUCCESSOR_PAIRS and beside["prompts"] >= SUCCESSOR_PROMPTS
         found.append(_check(f"against_{key}", what, beside[key]["high"], broken=told, at_least=0.0))
     return found
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from hominem_mlx.schema import COMMON, MANIFOLD, Manifold, Signed, Unit
+from hominem_mlx.schema import COMMON, EMOTIONS, MANIFOLD, Manifold, Signed, Unit
 
 Text = Annotated[str, Field(min_length=1, max_length=200_000)]
 Id = Annotated[str, Field(min_length=1, max_length=200)]
@@ -79,8 +79,8 @@ class Reply(Record):
 class Reward(Record):
     """The labelled numbers of one reply. Missing dimensions are None: masked in training, never read as 0.
 
-    Dimensions that a person added are further keys. Validated with `context={"manifold": ...}` they must be dimensions
-    of that manifold and lie in their range.
+    Dimensions that a person added are further keys, and so are axes of emotion (`schema.EMOTIONS`). Validated with
+    `context={"manifold": ...}` they must be dimensions of that manifold, or such axes, and lie in their range.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -113,7 +113,7 @@ class Reward(Record):
 
     @property
     def own(self) -> dict[str, float]:
-        """The numbers in dimensions that the person added."""
+        """The numbers in dimensions that the person added, and in axes of emotion."""
         return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
 
     def number(self, name: str) -> float | None:
@@ -260,12 +260,12 @@ class Fixture(Record):
 
 def _fault(name: str, value: object, manifold: Manifold) -> str:
     """What is wrong with a number in a dimension that is none of the seven; empty when nothing is."""
-    dimension = next((each for each in manifold.dimensions if each.name == name), None)
+    dimension = next((each for each in (*manifold.dimensions, *manifold.emotions) if each.name == name), None)
     if dimension is None:
         return (
             f"there is no dimension {name}; take the number out, or say in hominem.toml what it means, with a block "
             f'[[manifold.dimension]] of the lines name = "{name}", rubric = "...", bad = "...", good = "..." '
-            "(docs/REWARD_MANIFOLD.md)"
+            f"(docs/REWARD_MANIFOLD.md); axes of emotion are {', '.join(axis.name for axis in EMOTIONS)}"
         )
     low, high = dimension.range
     if isinstance(value, int | float) and not isinstance(value, bool) and not low <= value <= high:

@@ -85,6 +85,39 @@ SEVEN = (
     ),
 )
 
+# What the person felt on reading the reply, where labels say so. No part of the manifold: axes of weight 0 beside it.
+# Source: `science.md` 6.1 (valence, arousal and dominance: Mehrabian and Russell 1974; that surprise is a fourth axis:
+# Fontaine et al. 2007).
+EMOTIONS = tuple(
+    Dimension(name=name, question=question, low=low, high=high, weight=0.0, range=ends)
+    for name, question, low, high, ends in (
+        ("valence", "Did it leave the person feeling bad or good?", "bad", "good", FULL),
+        ("arousal", "How stirred was the person?", "calm", "stirred up", (0.0, 1.0)),
+        ("dominance", "How much in command did the person feel?", "powerless", "in command", FULL),
+        (
+            "predictive_discrepancy",
+            "Was it worse or better than the person had expected?",
+            "much worse than expected",
+            "much better than expected",
+            FULL,
+        ),
+        (
+            "temporal_orientation",
+            "Did it turn the person towards what is to come or towards what was?",
+            "towards what is to come",
+            "towards what was",
+            FULL,
+        ),
+        (
+            "social_broadcast",
+            "How seen did the person feel?",
+            "alone with it",
+            "seen, as if others were there",
+            (0.0, 1.0),
+        ),
+    )
+)
+
 
 class Manifold(BaseModel):
     """The ordered dimensions a label or a prediction has. Two manifolds mix only when their hashes agree."""
@@ -102,6 +135,11 @@ class Manifold(BaseModel):
     def own(self) -> tuple[Dimension, ...]:
         """The dimensions that the person added to the seven."""
         return tuple(dimension for dimension in self.dimensions if dimension.name not in COMMON)
+
+    @property
+    def emotions(self) -> tuple[Dimension, ...]:
+        """The axes beside it; a dimension that the person described takes the place of one of the same name."""
+        return tuple(axis for axis in EMOTIONS if axis.name not in self.names)
 
     @property
     def common(self) -> "Manifold":
@@ -146,11 +184,12 @@ class RewardOutput(BaseModel):
 
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
     (>= 0, same unit; of scalar, intensity and safety too); `unclipped` the values before clipping; `width` half of the
-    interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `flags` says
-    when a value deserves less trust: `empty_response`, `truncated`, `out_of_distribution` (further from the training
-    rows than 99 of 100 like them), `adversarial` (prompt or reply attacks a model or its judge, see `abuse.py`).
-    `members` is what each bootstrap member says, in the same order for every reply, so that differences can be taken
-    member by member; it is not written out.
+    interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `emotion` holds
+    what the person would feel, on those axes of `EMOTIONS` that the model has learnt, and counts in no other number.
+    `flags` says when a value deserves less trust: `empty_response`, `truncated`, `out_of_distribution` (further from
+    the training rows than 99 of 100 like them), `adversarial` (prompt or reply attacks a model or its judge, see
+    `abuse.py`). `members` is what each bootstrap member says, in the same order for every reply, so that differences
+    can be taken member by member; it is not written out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -161,6 +200,7 @@ class RewardOutput(BaseModel):
     uncertainty: dict[str, float] = {}
     width: dict[str, float] = {}
     unclipped: dict[str, float] = {}
+    emotion: dict[str, float] = {}
     flags: tuple[str, ...] = ()
     members: dict[str, tuple[float, ...]] = Field(default={}, exclude=True, repr=False)
 

@@ -49,7 +49,7 @@ def score(
     if file is None:
         output = outputs[0]
         values = output.reward_vector | {"scalar": output.scalar}
-        values |= {"reward_intensity": output.reward_intensity, "safety_score": output.safety_score}
+        values |= {"reward_intensity": output.reward_intensity, "safety_score": output.safety_score} | output.emotion
         shown = [[name, value, output.uncertainty.get(name), output.width.get(name)] for name, value in values.items()]
         session.console.table(["", "value", "doubt", "9 of 10 within"], shown)
         if output.flags:
@@ -63,7 +63,7 @@ def score(
                 write_atomic(Path(html), highlight.page(reasons["why"]))
         return
     session.console.table(
-        ["row", "scalar", "intensity", "safety", *outputs[0].reward_vector, "flags"],
+        ["row", "scalar", "intensity", "safety", *outputs[0].reward_vector, *outputs[0].emotion, "flags"],
         [
             [
                 number,
@@ -71,6 +71,7 @@ def score(
                 output.reward_intensity,
                 output.safety_score,
                 *output.vector,
+                *output.emotion.values(),
                 ", ".join(output.flags),
             ]
             for number, output in enumerate(outputs, 1)

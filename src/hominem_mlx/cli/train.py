@@ -61,8 +61,8 @@ def reward(session: Session) -> None:
     session.console.say(f"Reads {notes['backbone']['name']}: {notes['why']}.")
     for name, count in notes.get("not_learnt_yet", {}).items():
         session.console.say(
-            f"Not learnt yet: {name}. It needs labels on {count} more training prompts (`hominem data rate --own`, or "
-            "`hominem data import`); the others are learnt without it."
+            f"Not learnt yet: {name}. It needs labels on {count} more training prompts (`hominem data import`, or for "
+            "a dimension of your own `hominem data rate --own`); the others are learnt without it."
         )
     if reasons:
         raise NotGoodEnough("\n".join([f"{made.ref} is kept but not used:", *reasons]))

@@ -23,7 +23,7 @@ from hominem_mlx.reward.features import JUDGE, Backbone, EncoderReader, FeatureS
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
-from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Manifold, RewardOutput
+from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Dimension, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
 WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the prediction
@@ -54,6 +54,11 @@ class Card(BaseModel):
     def judged(self) -> Manifold:
         """The manifold without the person's own dimensions that are no outputs: they had too few labels."""
         return self.manifold.without([own.name for own in self.manifold.own if own.name not in self.outputs])
+
+    @property
+    def emotions(self) -> tuple[Dimension, ...]:
+        """The axes of emotion among the outputs."""
+        return tuple(axis for axis in self.manifold.emotions if axis.name in self.outputs)
 
 
 class RewardModel:
@@ -208,8 +213,10 @@ class RewardModel:
         if not np.isfinite(values).all():
             raise ModelError("the reward model gave a value that is not finite; run `hominem artifacts verify`")
         unclipped = dict(zip(self.card.outputs, map(float, values), strict=True))
-        ranges = {dimension.name: dimension.range for dimension in self.manifold.dimensions}
-        vector = {name: min(high, max(low, unclipped[name])) for name, (low, high) in ranges.items()}
+        vector, emotion = (
+            {axis.name: min(axis.range[1], max(axis.range[0], unclipped[axis.name])) for axis in axes}
+            for axes in (self.manifold.dimensions, self.card.emotions)
+        )
         owed = [longer * self.card.scalar.slopes.get(name, 0.0) for name in vector]
         scalar = float(np.clip(np.array([*vector.values()]) - owed, -1.0, 1.0) @ weights)
         return RewardOutput(
@@ -220,6 +227,7 @@ class RewardModel:
             uncertainty=uncertainty,
             width=self.card.width,
             unclipped=unclipped,
+            emotion=emotion,
             flags=flags,
             members=members,
         )
@@ -294,7 +302,7 @@ def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead
     width = len(ngram.vocabulary) if ngram else arrays["weight"].shape[0] if "weight" in arrays else 0
     members = arrays["member_bias"].shape[0] if "member_bias" in arrays else 0
     head = RidgeHead(width, len(card.outputs), members)
-    wrong = card.outputs != (*card.judged.names, *EXTRA)
+    wrong = card.outputs != (*card.judged.names, *EXTRA, *(axis.name for axis in card.emotions))
     problems = [f"its outputs {', '.join(card.outputs)} are not those of its manifold"] if wrong else []
     _fill(head, arrays, path, problems)
     return head

@@ -30,7 +30,7 @@ from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
-from hominem_mlx.reward.own import learnable, not_learnt_yet, of_the_seven, own_lines
+from hominem_mlx.reward.own import felt, learnable, not_learnt_yet, of_the_seven, own_lines
 from hominem_mlx.reward.scalar import (
     Gate,
     ScalarCard,
@@ -70,7 +70,8 @@ def train(
     known = {"manifold": config.manifold.in_use}
     rows = read_jsonl(dataset.file("labels.train.jsonl"), Label, context=known)
     valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True, context=known)
-    _refuse_constants(rows, learnable(rows, config.manifold.in_use))
+    in_use = config.manifold.in_use
+    _refuse_constants(rows, (*learnable(rows, in_use).names, *felt(rows, in_use)))
     kind, why = choose_backbone(config, registry.home)
     settings = config.reward.model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
@@ -159,7 +160,7 @@ def left_out(
             theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
         else:
             theirs = features[outside]
-        found[outside] = model.predict(theirs)[0]
+        found[outside] = model.predict(theirs)[0][:, : found.shape[1]]  # emotions come last
         if progress:
             progress({"stage": stage, "done": done, "total": len(names)})
     return found
@@ -205,8 +206,8 @@ def preview(model: RewardModel, labels: Sequence[Label], n: int, seed: int = 0) 
     table = []
     for row, output in zip(rows, model.score_many(_pairs(rows)), strict=True):
         predicted = {name: round(output.unclipped[name], 4) for name in model.card.outputs} | {"scalar": output.scalar}
-        labelled = dict(zip(model.manifold.names, row.reward.vector(model.manifold), strict=True))
-        labelled |= {name: row.reward.number(name) for name in EXTRA} | {"scalar": row.reward.overall(model.manifold)}
+        labelled = {name: row.reward.number(name) for name in model.card.outputs}
+        labelled |= {"scalar": row.reward.overall(model.manifold)}
         table.append(
             {"id": row.id, "prompt": row.prompt, "response": row.response, "labelled": labelled, "predicted": predicted}
         )
@@ -234,8 +235,8 @@ def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | Non
     return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings, questions)
 
 
-def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
-    """Labels `[N, K + 2]`, NaN where there is none: dimensions, intensity, safety.
+def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD, emotions: Sequence[str] = ()) -> np.ndarray:
+    """Labels `[N, K + 2 + E]`, NaN where there is none: dimensions, intensity, safety, the named axes of emotion.
 
     A missing intensity is derived from a whole vector: `clip01(|R| / 2 + max_i |r_i - prompt mean of r_i| / 2)`
     (`science.md` 2.5), of the seven alone, so that it stays when a person adds a dimension.
@@ -251,9 +252,10 @@ def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarra
     for index in np.flatnonzero(np.isnan(extra[:, 0]) & ~np.isnan(seven).any(axis=1)):
         centre = np.nanmean(seven[prompts == prompts[index]], axis=0)
         extra[index, 0] = min(1.0, (abs(scalars[index]) + np.abs(seven[index] - centre).max()) / 2)
-    values = np.concatenate([vectors, extra], axis=1)
+    feelings = np.array([[row.reward.number(name) for name in emotions] for row in labels], float)
+    values = np.concatenate([vectors, extra, feelings], axis=1)
     problems = []
-    for name, column in zip((*manifold.names, *EXTRA), values.T, strict=True):
+    for name, column in zip((*manifold.names, *EXTRA, *emotions), values.T, strict=True):
         prompts_labelled = len(set(prompts[~np.isnan(column)]))
         if prompts_labelled < 2:
             problems.append(f"{name} is labelled on {prompts_labelled} prompts; rate it on two or more")
@@ -284,8 +286,9 @@ def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD, *, same_rater:
 def describe(model: RewardModel) -> dict:
     """What METADATA says of the numbers: names, meaning, range, and how they were normalised."""
     ranges = {name: [-1.0, 1.0] for name in model.card.outputs} | {"reward_intensity": [0.0, 1.0]}
-    ranges |= {dimension.name: list(dimension.range) for dimension in model.manifold.dimensions}
-    meaning = {dimension.name: dimension.question for dimension in model.manifold.dimensions}
+    described = (*model.manifold.dimensions, *model.card.emotions)
+    ranges |= {dimension.name: list(dimension.range) for dimension in described}
+    meaning = {dimension.name: dimension.question for dimension in described}
     meaning |= {
         "reward_intensity": "How much would learning this reply change future behaviour?",
         "safety_score": "How safe is it to learn from this text at all?",
@@ -315,9 +318,9 @@ def describe(model: RewardModel) -> dict:
     }
 
 
-def _refuse_constants(labels: Sequence[Label], manifold: Manifold) -> None:
+def _refuse_constants(labels: Sequence[Label], names: Sequence[str]) -> None:
     """A dimension that is the same everywhere would be predicted everywhere, with no doubt at all."""
-    given = {name: [v for row in labels if (v := row.reward.number(name)) is not None] for name in manifold.names}
+    given = {name: [v for row in labels if (v := row.reward.number(name)) is not None] for name in names}
     problems = [
         f"{name} is {values[0]:g} in all {len(values)} training rows that have it: nothing can be learnt from it; rate "
         "it again, or take the number out of the rows"
@@ -363,10 +366,10 @@ def _fit_head(
 def _fit(
     labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, *, members: int
 ) -> RewardModel:
-    manifold = learnable(labels, config.manifold.in_use)
-    values = targets(labels, manifold)
+    manifold, emotions = learnable(labels, config.manifold.in_use), felt(labels, config.manifold.in_use)
+    values = targets(labels, manifold, emotions)
     groups = [row.prompt_id for row in labels]
-    outputs = (*manifold.names, *EXTRA)
+    outputs = (*manifold.names, *EXTRA, *emotions)
     card: dict = {"manifold": config.manifold.in_use, "outputs": outputs}
     distribution = None
     if backbone is None or features is None:
@@ -449,10 +452,11 @@ def _account(
 ) -> dict:
     """Out-of-fold predictions of the model and of n-grams on the same folds, measured.
 
-    A person's own dimension is in it when the model has it: where the rows `learnt` from can teach it.
+    A person's own dimension is in it when the model has it: where the rows `learnt` from can teach it. So are emotions.
     """
     manifold = learnable(learnt or labels, config.manifold.in_use)
-    values, groups = targets(labels, manifold), np.array([row.prompt_id for row in labels])
+    emotions = felt(learnt or labels, config.manifold.in_use)
+    values, groups = targets(labels, manifold, emotions), np.array([row.prompt_id for row in labels])
     if len(set(groups)) < 3:
         raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
@@ -485,7 +489,7 @@ def _account(
         promised[:, outside] = widths(fitted.left_out)[:, None]
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
-    lines = own_lines(predicted, baseline, values, groups, manifold)
+    lines = own_lines(predicted, baseline, values, groups, manifold, emotions)
     predicted, baseline, values, promised = of_the_seven(manifold, predicted, baseline, values, promised)
     account = lines | compare(
         predicted,

@@ -212,6 +212,9 @@ class RewardConfig(Section):
     """Folds grouped by prompt."""
     members: Annotated[int, Field(ge=1, le=64)] = 8
     """Bootstrap-by-prompt heads; their spread is the uncertainty."""
+    quantiles: bool = False
+    """Whether the model also tells, reply by reply, how far labels of a dimension and the scalar scatter about what it
+    says. `score` shows it, and `rl.uncertainty_weight` counts it as doubt."""
     scalar: Literal["linear", "gated"] = "linear"
     """How dimensions become one number: `linear` by their weights; `gated` by weights that hang on the prompt, where
     2,000 pairs of labels say that this is better. It wants `prompt` among the poolings."""
@@ -410,7 +413,7 @@ class RlConfig(AdapterConfig):
     each what points against another; `cagrad` helps the one that gains least, near the sum; `mgda` lets none fall. All
     but `sum` want each answer's gradient by itself too, which about doubles a step."""
     uncertainty_weight: NonNegative = 1.0
-    """What a standard deviation of doubt in the reward costs."""
+    """What a standard deviation of doubt in the reward costs; with `reward.quantiles` labels' scatter is part of it."""
     length_weight: NonNegative = 0.5
     """What an answer of twice the base's mean length costs."""
     targets: Literal["linear", "head", "all"] = "linear"

@@ -6,6 +6,7 @@ and `safety_score` in [-1, 1] (whether it is safe to learn from the text at all;
 """
 
 import functools
+import math
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -184,12 +185,13 @@ class RewardOutput(BaseModel):
 
     `reward_vector` holds every dimension in [-1, 1]; `uncertainty` its standard deviation over bootstrap members
     (>= 0, same unit; of scalar, intensity and safety too); `unclipped` the values before clipping; `width` half of the
-    interval around each of those that holds the label in nine of ten cases; `scalar` the weighted mean. `emotion` holds
-    what the person would feel, on those axes of `EMOTIONS` that the model has learnt, and counts in no other number.
-    `flags` says when a value deserves less trust: `empty_response`, `truncated`, `out_of_distribution` (further from
-    the training rows than 99 of 100 like them), `adversarial` (prompt or reply attacks a model or its judge, see
-    `abuse.py`). `members` is what each bootstrap member says, in the same order for every reply, so that differences
-    can be taken member by member; it is not written out.
+    interval around each of those that holds the label in nine of ten cases; `scatter` the standard deviation (>= 0) of
+    labels about dimensions and scalar of a reply like this, where the model tells it; `scalar` the weighted mean.
+    `emotion` holds what the person would feel, on those axes of `EMOTIONS` that the model has learnt, and counts in no
+    other number. `flags` says when a value deserves less trust: `empty_response`, `truncated`, `out_of_distribution`
+    (further from the training rows than 99 of 100 like them), `adversarial` (prompt or reply attacks a model or its
+    judge, see `abuse.py`). `members` is what each bootstrap member says, in the same order for every reply, so that
+    differences can be taken member by member; it is not written out.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -200,6 +202,7 @@ class RewardOutput(BaseModel):
     uncertainty: dict[str, float] = {}
     width: dict[str, float] = {}
     unclipped: dict[str, float] = {}
+    scatter: dict[str, float] = {}
     emotion: dict[str, float] = {}
     flags: tuple[str, ...] = ()
     members: dict[str, tuple[float, ...]] = Field(default={}, exclude=True, repr=False)
@@ -208,6 +211,10 @@ class RewardOutput(BaseModel):
     def vector(self) -> tuple[float, ...]:
         """The dimension values `[K]` in manifold order."""
         return tuple(self.reward_vector.values())
+
+    def doubt(self, name: str) -> float:
+        """All that is unsure about a number, >= 0: `sqrt(uncertainty^2 + scatter^2)`. Source: `science.md` 2.3."""
+        return math.hypot(self.uncertainty.get(name, 0.0), self.scatter.get(name, 0.0))
 
 
 @runtime_checkable

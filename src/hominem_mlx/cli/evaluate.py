@@ -201,6 +201,11 @@ def show_account(console: "Console", account: dict[str, Any]) -> None:
     if calibrated := account.get("calibration"):
         told = ", ".join(f"{share:.0%} within {float(level):.0%}" for level, share in calibrated["coverage"].items())
         rows.append(["calibration error", calibrated["error"], None, f"worst {_shown(calibrated['worst'])}; {told}"])
+    if quantiles := account.get("quantiles"):
+        told = ", ".join(f"{share:.0%} within {float(level):.0%}" for level, share in quantiles["coverage"].items())
+        wide, equal = quantiles["width"]["0.9"], quantiles["equal_width"]["0.9"]
+        told += f"; of equal widths {_shown(equal)}"
+        rows.append(["width of 9 of 10, by quantiles", wide, None, told])
     console.say()
     console.table(["overall", "model", "n-grams", ""], rows)
 

@@ -50,8 +50,10 @@ def score(
         output = outputs[0]
         values = output.reward_vector | {"scalar": output.scalar}
         values |= {"reward_intensity": output.reward_intensity, "safety_score": output.safety_score} | output.emotion
-        shown = [[name, value, output.uncertainty.get(name), output.width.get(name)] for name, value in values.items()]
-        session.console.table(["", "value", "doubt", "9 of 10 within"], shown)
+        told = {"doubt": output.uncertainty, "scatter": output.scatter, "9 of 10 within": output.width}
+        told = {title: numbers for title, numbers in told.items() if numbers or title != "scatter"}
+        shown = [[name, value, *(numbers.get(name) for numbers in told.values())] for name, value in values.items()]
+        session.console.table(["", "value", *told], shown)
         if output.flags:
             session.console.say(f"Flags: {', '.join(output.flags)}")
         if why:

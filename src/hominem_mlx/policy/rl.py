@@ -93,7 +93,7 @@ class Verdicts:
         names = tuple(outputs[0].reward_vector)
         return cls(
             np.array([said.vector for said in outputs]),
-            np.array([said.uncertainty.get("scalar", 0.0) for said in outputs]),
+            np.array([said.doubt("scalar") for said in outputs]),
             np.array([said.safety_score - said.uncertainty.get("safety_score", 0.0) for said in outputs]),
             names,
             weights_of(names, manifold),

@@ -22,13 +22,14 @@ from hominem_mlx.reward.distribution import Distribution
 from hominem_mlx.reward.features import JUDGE, Backbone, EncoderReader, FeatureSpec, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
+from hominem_mlx.reward.quantiles import QuantileHead, spread
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
 from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Dimension, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
 WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the prediction
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
-GATE = "gate.safetensors"
+GATE, QUANTILES = "gate.safetensors", "quantiles.safetensors"
 DISTRIBUTION = "distribution.safetensors"  # not there in models of few rows, of n-grams, and older ones
 GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
 
@@ -74,8 +75,10 @@ class RewardModel:
         lm: LanguageModel | None = None,
         home: Path | None = None,
         distribution: Distribution | None = None,
+        quantiles: QuantileHead | None = None,
     ):
         self.card, self.head, self.gate, self.distribution = card, head, gate, distribution
+        self.quantiles = quantiles
         self._features, self._lm, self._home = features, lm, home
 
     # --- judging ---------------------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ class RewardModel:
         if said:
             features, flags = self.features.read([pairs[index] for index in said])
             values, members = self.predict(features)
-            weights, strange = self.weights(features), self.is_strange(features)
+            weights, strange, scatter = self.weights(features), self.is_strange(features), self._scatter(values)
             for place, index in enumerate(said):
                 if EMPTY not in flags[place]:
                     said_by = self._named(members[:, place], weights[place])
@@ -103,7 +106,7 @@ class RewardModel:
                     named += (ADVERSARIAL,) * any(map(is_adversarial, pairs[index]))
                     longer = log_length(pairs[index][1]) - self.card.scalar.log_length
                     outputs[index] = self._output(
-                        values[place], _spread(said_by), named, said_by, weights[place], longer
+                        values[place], _spread(said_by), named, said_by, weights[place], longer, scatter[place]
                     )
         return outputs
 
@@ -113,6 +116,14 @@ class RewardModel:
             asked = prompt_columns(self.card, features.shape[1])
             return np.array(self.gate(mx.array(features[:, asked])))
         return np.tile(self._fixed, (len(features), 1))
+
+    def _scatter(self, values: np.ndarray) -> list[dict[str, float]]:
+        """How far labels scatter about outputs `[N, O]`, by dimension and scalar; nothing where it cannot tell."""
+        if self.quantiles is None:
+            return [{}] * len(values)
+        names = (*self.manifold.names, "scalar")
+        found = spread(np.array(self.quantiles(mx.array(values)))).tolist()
+        return [dict(zip(names, row, strict=True)) for row in found]
 
     @functools.cached_property
     def _fixed(self) -> np.ndarray:
@@ -172,6 +183,7 @@ class RewardModel:
     def fingerprint(self) -> str:
         """Digest of everything a score hangs on: equal fingerprints, equal scores on one machine."""
         arrays = tree_flatten(self.head.parameters()) + (tree_flatten(self.gate.parameters()) if self.gate else [])
+        arrays += tree_flatten(self.quantiles.parameters(), ".quantiles") if self.quantiles else []
         digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
         digests |= {"distribution": self.distribution.digest} if self.distribution is not None else {}
         return sha256_json({"card": self.card.model_dump(mode="json"), "arrays": digests})
@@ -208,6 +220,7 @@ class RewardModel:
         members: dict[str, tuple[float, ...]],
         weights: np.ndarray,
         longer: float = 0.0,
+        scatter: dict[str, float] | None = None,
     ) -> RewardOutput:
         """`weights` `[K]` of the scalar; `longer` than usual is the reply, in logarithms."""
         if not np.isfinite(values).all():
@@ -227,6 +240,7 @@ class RewardModel:
             uncertainty=uncertainty,
             width=self.card.width,
             unclipped=unclipped,
+            scatter=scatter or {},
             emotion=emotion,
             flags=flags,
             members=members,
@@ -247,6 +261,8 @@ class RewardModel:
         mx.save_safetensors(str(folder / HEAD), dict(tree_flatten(self.head.parameters())))
         if self.gate is not None:
             mx.save_safetensors(str(folder / GATE), dict(tree_flatten(self.gate.parameters())))
+        if self.quantiles is not None:
+            mx.save_safetensors(str(folder / QUANTILES), dict(tree_flatten(self.quantiles.parameters())))
         if self.distribution is not None:
             self.distribution.save(folder / DISTRIBUTION)
         if isinstance(self._features, NgramFeatures):
@@ -287,9 +303,11 @@ class RewardModel:
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
         head = _read_head(folder / HEAD, card, ngram)
         gate = _read_gate(folder / GATE, card, head.weight.shape[0]) if (folder / GATE).exists() else None
+        quantiles = _read_quantiles(folder / QUANTILES, card) if (folder / QUANTILES).exists() else None
         there = (folder / DISTRIBUTION).exists()
         distribution = Distribution.load(folder / DISTRIBUTION, head.weight.shape[0]) if there else None
-        return cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder), distribution=distribution)
+        place = home or _home_of(folder)
+        return cls(card, head, ngram, gate=gate, lm=lm, home=place, distribution=distribution, quantiles=quantiles)
 
 
 def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
@@ -314,6 +332,12 @@ def _read_gate(path: Path, card: Card, width: int) -> Gate:
     gate = Gate(len(asked), [dimension.weight for dimension in card.judged.dimensions])
     _fill(gate, arrays, path, [])
     return gate
+
+
+def _read_quantiles(path: Path, card: Card) -> QuantileHead:
+    head = QuantileHead(len(card.outputs), len(card.judged.names))
+    _fill(head, _read_arrays(path), path, [])
+    return head
 
 
 def _read_arrays(path: Path) -> dict[str, mx.array]:

@@ -15,6 +15,7 @@ from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
 from hominem_mlx.reward import distribution as distributions
 from hominem_mlx.reward import head as heads
+from hominem_mlx.reward import quantiles as scatter
 from hominem_mlx.reward.examine import (
     CLEAR,
     LEVELS,
@@ -374,12 +375,14 @@ def _fit(
     distribution = None
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
-        fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members, standardise=False)
+        read = ngram.read(_pairs(labels))[0]
+        fitted = _fit_head(read, values, groups, config, members=members, standardise=False)
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
+        read = features
         fitted = _fit_head(
-            features,
+            read,
             values,
             groups,
             config,
@@ -400,7 +403,21 @@ def _fit(
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
     card |= {"penalties": penalties, "width": width, "scalar": made_of}
-    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution)
+    quantiles = None
+    if members and config.reward.quantiles:
+        quantiles = _scatter(fitted, read, values, overall(labels, manifold), manifold)
+    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution, quantiles=quantiles)
+
+
+def _scatter(
+    fitted: heads.Fitted, features: np.ndarray, values: np.ndarray, scalar: np.ndarray, manifold: Manifold
+) -> scatter.QuantileHead:
+    """How far labels `[N, O]` and `[N]` scatter about what is said of rows `[N, F]` whose fold was left out."""
+    unknown = np.isnan(fitted.left_out)
+    said = np.where(unknown, np.array(fitted.head(mx.array(features))[0]), values - fitted.left_out)
+    weights = [dimension.weight for dimension in manifold.dimensions]
+    nothing = unknown[:, : len(weights)].all(axis=1)
+    return scatter.fit(said, np.where(unknown, np.nan, values), np.where(nothing, np.nan, scalar), weights)
 
 
 def _scalar(
@@ -461,7 +478,8 @@ def _account(
         raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
     predicted, baseline = np.zeros_like(values), np.zeros_like(values)
-    promised = np.zeros((len(LEVELS), *values.shape))
+    promised, scalar = np.zeros((len(LEVELS), *values.shape)), overall(labels, manifold)
+    quantiles = np.zeros((len(labels), len(manifold.names) + 1, len(scatter.LEVELS)))
     owner = None if backbone is None or features is None else backbone.owner(features.shape[1])
     number_of_folds = int(fold.max()) + 1
     for number in range(number_of_folds):
@@ -487,6 +505,10 @@ def _account(
         else:
             predicted[outside] = baseline[outside]
         promised[:, outside] = widths(fitted.left_out)[:, None]
+        if config.reward.quantiles:
+            read = (counted if features is None else features)[inside]
+            told = _scatter(fitted, read, values[inside], scalar[inside], manifold)
+            quantiles[outside] = np.array(told(mx.array(predicted[outside])))
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
     lines = own_lines(predicted, baseline, values, groups, manifold, emotions)
@@ -501,6 +523,10 @@ def _account(
         seed=config.reward.seed,
     )
     account["calibration"] = calibration(predicted, values, promised)
+    if config.reward.quantiles:
+        seven = [place for place, name in enumerate(manifold.names) if name in COMMON]
+        off = (values - predicted)[:, : len(seven)]
+        account["quantiles"] = scatter.examined(quantiles[:, seven], off, promised[..., : len(seven)], LEVELS)
     if features is not None:
         account["hidden_norm"] = in_json(hidden_norm(features, scalars(predicted, MANIFOLD)))
     kind = "ngram" if backbone is None else backbone.reader.kind

@@ -194,6 +194,9 @@ class RewardConfig(Section):
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
     layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
     """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
+    choose_layers: bool = False
+    """Whether layers and poolings are chosen among six sets, by folds grouped by prompt, whatever the two settings say.
+    Training then fits seven heads in place of one."""
     poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = (
         "mean",
         "max",

@@ -59,6 +59,10 @@ def reward(session: Session) -> None:
     show_account(session.console, account)
     show_checks(session.console, found)
     session.console.say(f"Reads {notes['backbone']['name']}: {notes['why']}.")
+    if account.get("layers"):
+        chosen = notes["backbone"]
+        layers, poolings = ", ".join(map(str, chosen["layers"])), ", ".join(chosen["poolings"])
+        session.console.say(f"Chosen to be read: layers {layers}; {poolings}.")
     for name, count in notes.get("not_learnt_yet", {}).items():
         session.console.say(
             f"Not learnt yet: {name}. It needs labels on {count} more training prompts (`hominem data import`, or for "

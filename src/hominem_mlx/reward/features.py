@@ -322,6 +322,15 @@ class Backbone:
             known |= fresh
         return np.stack([known[key] for key in keys])
 
+    def keep(self, pairs: Sequence[Pair], features: np.ndarray, home: Path) -> None:
+        """Put features `[N, F]` that were read beside others where `read_cached` looks for them."""
+        folder = Path(home) / "cache" / "features" / self.spec.hash
+        rows = {sha256_json(list(pair)): row for pair, row in zip(pairs, features, strict=True)}
+        known = _read_shards(folder, set(rows))
+        fresh = [key for key in rows if key not in known]
+        for first in range(0, len(fresh), SHARD):
+            _write_shard(folder, {key: rows[key] for key in fresh[first : first + SHARD]})
+
     def _features(self, batches: Sequence[Sequence[Passage]]) -> Iterator[np.ndarray]:
         """Features of each batch; as many batches at once as the machine has lanes."""
         for first in range(0, len(batches), len(lanes())):

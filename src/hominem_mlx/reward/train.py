@@ -1,5 +1,6 @@
 """Training the reward model: features once, a head, and an honest account of it beside the n-gram baseline."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
 from hominem_mlx.reward import distribution as distributions
 from hominem_mlx.reward import head as heads
+from hominem_mlx.reward import layers as reading
 from hominem_mlx.reward import quantiles as scatter
 from hominem_mlx.reward.examine import (
     CLEAR,
@@ -85,7 +87,9 @@ def train(
     model = _fit(rows, ours, backbone, config, members=config.reward.members)
     if valid:
         theirs = model.features.read(_pairs(valid))[0] if features is None else features[len(rows) :]
-        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, theirs)
+        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, _as_read(theirs, backbone, model))
+    if config.reward.choose_layers and features is not None and isinstance(model.features, Backbone):
+        model.features.keep(_pairs([*rows, *valid]), _as_read(features, backbone, model), registry.home)
     if progress:
         progress({"stage": "head", "done": 1, "total": 1})
 
@@ -160,7 +164,7 @@ def left_out(
         if features is None:
             theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
         else:
-            theirs = features[outside]
+            theirs = _as_read(features[outside], backbone, model)
         found[outside] = model.predict(theirs)[0][:, : found.shape[1]]  # emotions come last
         if progress:
             progress({"stage": stage, "done": done, "total": len(names)})
@@ -233,7 +237,10 @@ def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | Non
         return None
     reader = open_reader(kind, config.reward.model, home=home, lm=lm, base=config.student.base)
     questions = [dimension.question for dimension in MANIFOLD.dimensions]
-    return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings, questions)
+    chosen_later = config.reward.choose_layers
+    depths = reading.DEPTHS if chosen_later else config.reward.layers
+    poolings = reading.POOLINGS if chosen_later else config.reward.poolings
+    return Backbone(reader, layer_numbers(depths, reader.num_layers), poolings, questions)
 
 
 def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD, emotions: Sequence[str] = ()) -> np.ndarray:
@@ -380,6 +387,10 @@ def _fit(
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
+        choice = _chosen(labels, values, features, backbone, config)
+        if choice is not None:
+            features = reading.part(features, backbone, choice)
+            backbone = Backbone(backbone.reader, *choice)
         read = features
         fitted = _fit_head(
             read,
@@ -407,6 +418,34 @@ def _fit(
     if members and config.reward.quantiles:
         quantiles = _scatter(fitted, read, values, overall(labels, manifold), manifold)
     return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution, quantiles=quantiles)
+
+
+def _chosen(
+    labels: Sequence[Label],
+    values: np.ndarray,
+    features: np.ndarray | None,
+    backbone: Backbone | None,
+    config: Config,
+) -> reading.Choice | None:
+    """What a head of these rows reads, chosen on them alone; None where the settings say it, or the backbone does."""
+    if not config.reward.choose_layers or backbone is None or features is None:
+        return None
+    choices = reading.candidates(backbone)
+    groups, known = [row.prompt_id for row in labels], edits(labels, same_rater=True)
+
+    def left_out(choice: reading.Choice) -> np.ndarray:
+        read = reading.part(features, backbone, choice)
+        return _fit_head(read, values, groups, config, members=0, standardise=True, edited=known).left_out
+
+    return reading.best(choices, left_out, values) if choices else None
+
+
+def _as_read(features: np.ndarray, backbone: Backbone | None, model: RewardModel) -> np.ndarray:
+    """Of features `[N, ...]` that the backbone read those that the model reads."""
+    card = model.card
+    if backbone is None or (card.layers, card.poolings) == (backbone.spec.layers, backbone.spec.poolings):
+        return features
+    return reading.part(features, backbone, reading.Choice(card.layers, card.poolings))
 
 
 def _scatter(
@@ -445,7 +484,9 @@ def _scalar(
     if config.reward.scalar == "gated" and features is not None and backbone is not None:
         asked = prompt_columns(backbone.spec, features.shape[1])
         if not len(asked):
-            raise ConfigError("reward.scalar = gated reads the prompt: add `prompt` to reward.poolings")
+            raise ConfigError(
+                "reward.scalar = gated reads the prompt: add `prompt` to reward.poolings, with reward.choose_layers off"
+            )
         read, seed = features[:, asked], config.reward.seed
         gate, decided = fit_gate(read, dimensions, wanted, groups, weights.tolist(), seed=seed)
         card = card.model_copy(update={"gate": decided})
@@ -480,6 +521,7 @@ def _account(
     predicted, baseline = np.zeros_like(values), np.zeros_like(values)
     promised, scalar = np.zeros((len(LEVELS), *values.shape)), overall(labels, manifold)
     quantiles = np.zeros((len(labels), len(manifold.names) + 1, len(scatter.LEVELS)))
+    choices: Counter[reading.Choice] = Counter()
     owner = None if backbone is None or features is None else backbone.owner(features.shape[1])
     number_of_folds = int(fold.max()) + 1
     for number in range(number_of_folds):
@@ -489,10 +531,16 @@ def _account(
         counted, _ = ngram.read(pairs)
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
+        read = counted
         if features is not None:
-            known = edits([labels[index] for index in inside.tolist()], same_rater=True)
+            learnt_from = [labels[index] for index in inside.tolist()]
+            known, read = edits(learnt_from, same_rater=True), features
+            choice = _chosen(learnt_from, values[inside], features[inside], backbone, config)
+            if choice is not None and backbone is not None:
+                read = reading.part(features, backbone, choice)
+                choices[choice] += 1
             fitted = _fit_head(
-                features[inside],
+                read[inside],
                 values[inside],
                 groups[inside],
                 config,
@@ -501,13 +549,12 @@ def _account(
                 edited=known,
                 owner=owner,
             )
-            predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
+            predicted[outside] = np.array(fitted.head(mx.array(read[outside]))[0])
         else:
             predicted[outside] = baseline[outside]
         promised[:, outside] = widths(fitted.left_out)[:, None]
         if config.reward.quantiles:
-            read = (counted if features is None else features)[inside]
-            told = _scatter(fitted, read, values[inside], scalar[inside], manifold)
+            told = _scatter(fitted, read[inside], values[inside], scalar[inside], manifold)
             quantiles[outside] = np.array(told(mx.array(predicted[outside])))
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})
@@ -522,6 +569,11 @@ def _account(
         edits=edits(labels),
         seed=config.reward.seed,
     )
+    if choices:
+        account["layers"] = [
+            {"layers": [*choice.layers], "poolings": [*choice.poolings], "folds": folds}
+            for choice, folds in choices.most_common()
+        ]
     account["calibration"] = calibration(predicted, values, promised)
     if config.reward.quantiles:
         seven = [place for place, name in enumerate(manifold.names) if name in COMMON]

@@ -8,7 +8,7 @@ import itertools
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,37 +33,44 @@ class Counted:
         items = len(judged.groups)
         least = MANY_MIN_TEXTS if items > MANY_TEXTS else MIN_TEXTS
         sign = np.where(np.arange(len(judged.texts)) < items, 1.0, -1.0).astype(np.float32)
-        self.sides = [Side([response for _, response in judged.texts], items, sign, least)]
-        if judged.shape == "graded":
-            self.sides.append(Side([prompt for prompt, _ in judged.texts], items, sign, least))
+        prompts, responses = zip(*judged.texts, strict=True)
+        both = (responses, prompts) if judged.shape == "graded" else (responses,)
+        self.sides = [[Side(texts, of, items, sign, least) for texts in both] for of in (pieces, words)]
         self.numbers = _signed(np.array([plain_numbers(pair) for pair in judged.texts]), judged)
         self.is_difference = judged.shape == "pair"
 
     def rows(self, inside: np.ndarray) -> list["Together"]:
-        """What a baseline may choose from: replies alone and, where there are prompts, replies and prompts.
+        """What a baseline may choose from: replies alone and, where there are prompts, replies and prompts; each with
+        words and letters, and with words alone, which does better where there are few rows.
 
         Args:
             inside: bool `[n]`, the items that may be learnt from.
         """
         numbers = Dense(self.numbers, inside, centre=not self.is_difference)
         numbers.z *= np.float32(NUMBERS_WEIGHT)
-        parts = [numbers, *(Weighed(side, inside) for side in self.sides)]
-        return [Together(parts[: count + 1]) for count in range(1, len(parts))]
+        found = []
+        for sides in self.sides:
+            parts = [numbers, *(Weighed(side, inside) for side in sides)]
+            found += [Together(parts[: count + 1]) for count in range(1, len(parts))]
+        return found
 
 
 class Side:
-    """Counts of words and letters in the replies, or in the prompts, of one set.
+    """Counts of pieces in the replies, or in the prompts, of one set.
 
     Args:
         texts: `[T]`; text `t` belongs to item `t % items` and counts with `sign[t]`.
+        of: the pieces of a text.
         least: pieces in fewer texts are left out.
     """
 
-    def __init__(self, texts: Sequence[str], items: int, sign: np.ndarray, least: int):
+    def __init__(
+        self, texts: Sequence[str], of: Callable[[str], Iterable[str]], items: int, sign: np.ndarray, least: int
+    ):
         place: dict[str, int] = {}
         columns, counts, sizes = array("i"), array("i"), []
         for text in texts:
-            counter = Counter(pieces(text))
+            counter = Counter(of(text))
             columns.extend(place.setdefault(piece, len(place)) for piece in counter)
             counts.extend(counter.values())
             sizes.append(len(counter))
@@ -178,6 +185,11 @@ class Together:
     def transposed_times(self, values: np.ndarray) -> np.ndarray:
         """`[n, C]` to `[F, C]`."""
         return np.concatenate([part.transposed_times(values) for part in self.parts])
+
+
+def words(text: str) -> Iterator[str]:
+    """The pieces that are words, or two in a row."""
+    return (piece for piece in pieces(text) if piece.startswith("w:"))
 
 
 def plain_numbers(pair: Pair) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 FOLDS = 5
-DUAL_ROWS = 4000  # up to here equations are solved in [n, n], above by conjugate gradients
+DUAL_ROWS = 1000  # up to here equations are solved in [n, n], above by conjugate gradients
 MAX_STEPS, TOLERANCE = 60, 1e-2  # an order of predictions changes no more
 PRIOR_ROWS = 20
 

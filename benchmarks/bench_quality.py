@@ -32,6 +32,7 @@ import bench_manifold  # noqa: E402
 import numpy as np  # noqa: E402
 from bench_counts import Counted, length_rows  # noqa: E402
 from bench_folds import FOLDS, Dense, left_out, stack  # noqa: E402
+from bench_kinds import KindsBackbone, open_kinds  # noqa: E402
 from bench_sets import JudgedSet, Label, Pair, read_sets  # noqa: E402
 from bench_train import machine  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
@@ -49,11 +50,10 @@ from hominem_mlx.reward.model import open_reader  # noqa: E402
 
 DEPTHS = (0.0, 0.33, 0.5, 0.67)  # of what is read; 0 the embeddings
 POOLINGS = ("mean", "max", "std", "prompt", "gap", "near")
-# Candidates: which depths and poolings of what was read. Times the penalties no more than 16 configurations.
+# Candidates: which depths and poolings of what was read; with `kinds`, times the penalties, 16 configurations.
 CANDIDATES = {
     "default": ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),
     "middle": ((0.33, 0.5, 0.67), ("mean", "max")),
-    "near": (DEPTHS, ("mean", "near")),
     "all": (DEPTHS, POOLINGS),
 }
 PENALTIES = (0.1, 0.5, 3.0, 15.0)
@@ -73,6 +73,7 @@ class Reading:
 
     values: dict[Pair, np.ndarray]
     columns: Callable[[Sequence[float], Sequence[str]], np.ndarray]
+    kinds: np.ndarray  # the columns that count kinds of tokens
     seconds: float  # when it was read, today or earlier
     seconds_now: float
 
@@ -81,10 +82,10 @@ class Reading:
         return np.stack([self.values[text] for text in texts])
 
 
-def read_texts(backbone: Backbone, texts: Sequence[Pair], folder: Path) -> Reading:
+def read_texts(backbone: KindsBackbone, texts: Sequence[Pair], folder: Path) -> Reading:
     """All that candidates look at, of each text once: sorted by length, in all lanes, from `folder` if it is there."""
     order = sorted(set(texts), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
-    folder = folder / backbone.spec.hash
+    folder = folder / backbone.hash
     values: dict[Pair, np.ndarray] = {}
     seconds = now = 0.0
     for first in range(0, len(order), SHARD):
@@ -101,7 +102,8 @@ def read_texts(backbone: Backbone, texts: Sequence[Pair], folder: Path) -> Readi
         values |= zip(part, found[0])
         seconds += found[1]
     spec = backbone.spec
-    width = len(next(iter(values.values()))) // (len(spec.layers) * len(spec.poolings))
+    total, number = len(next(iter(values.values()))), len(backbone.centres)
+    width = (total - number) // (len(spec.layers) * len(spec.poolings))
 
     def columns(depths: Sequence[float], poolings: Sequence[str]) -> np.ndarray:
         blocks = [
@@ -111,7 +113,7 @@ def read_texts(backbone: Backbone, texts: Sequence[Pair], folder: Path) -> Readi
         ]
         return np.concatenate([np.arange(block * width, (block + 1) * width) for block in blocks])
 
-    return Reading(values, columns, seconds, now)
+    return Reading(values, columns, np.arange(total - number, total), seconds, now)
 
 
 def _read_shard(path: Path, count: int) -> tuple[np.ndarray, float] | None:
@@ -207,6 +209,7 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
     fold = grouped_folds(judged.groups, FOLDS, seed=SEED)
     targets = np.stack([label.values for label in judged.labels], axis=1)
     predicted = {way: np.full(targets.shape, np.nan) for way in WAYS}
+    intercept = judged.shape != "pair"
     notes: list[dict[str, list]] = [{"chosen": [], "weights": []} for _ in judged.labels]
     counted = Counted(judged)
     values = None if reading is None else as_items(reading.of(judged.texts), judged)
@@ -216,13 +219,14 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
         for index, label in enumerate(judged.labels):
             known = inside & ~np.isnan(label.values)
             picked = {way: pick(label, found[way][..., index], known) for way in found}
-            for way, (_, said) in picked.items():
-                predicted[way][out, index] = said[out]
-            if "alone" in picked:
-                notes[index]["chosen"].append(name_of(picked["alone"][0]))
-                both = np.stack([picked["alone"][1], picked["ngram"][1]])
-                said, weights = stack(both, label.values, known, intercept=judged.shape != "pair")
-                predicted["stacked"][out, index] = said[out]
+            for way in ("ngram", "length"):
+                predicted[way][out, index] = picked[way][1][out]
+            if "states" in picked:
+                notes[index]["chosen"].append([name_of(way, picked[way][0]) for way in ("states", "kinds")])
+                for way, parts in (("alone", ("states", "kinds")), ("stacked", ("states", "kinds", "ngram"))):
+                    several = np.stack([picked[part][1] for part in parts])
+                    said, weights = stack(several, label.values, known, intercept=intercept)
+                    predicted[way][out, index] = said[out]
                 notes[index]["weights"].append([round(float(weight), 3) for weight in weights])
     ways = [way for way in WAYS if not np.isnan(predicted[way]).all()]
     labels = range(len(judged.labels))
@@ -243,7 +247,7 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
 
 
 def predict_fold(judged, fold, held_out, counted, values, reading, targets) -> dict[str, np.ndarray]:
-    """Predictions of every way's configurations, `[Q, N, L]`, with one fold held out."""
+    """Predictions of every part's configurations, `[Q, N, L]`, with one fold held out."""
     inside, intercept = fold != held_out, judged.shape != "pair"
     options = {"targets": targets, "fold": fold, "held_out": held_out, "intercept": intercept}
     found = {
@@ -253,13 +257,12 @@ def predict_fold(judged, fold, held_out, counted, values, reading, targets) -> d
         "length": left_out(length_rows(judged, inside), penalties=LENGTH_PENALTIES, **options),
     }
     if reading is not None:
-        made = [
-            left_out(
-                Dense(values[:, reading.columns(*candidate)], inside, centre=intercept), penalties=PENALTIES, **options
-            )
-            for candidate in CANDIDATES.values()
-        ]
-        found["alone"] = np.concatenate(made)
+
+        def made(columns: np.ndarray) -> np.ndarray:
+            return left_out(Dense(values[:, columns], inside, centre=intercept), penalties=PENALTIES, **options)
+
+        found["states"] = np.concatenate([made(reading.columns(*candidate)) for candidate in CANDIDATES.values()])
+        found["kinds"] = made(reading.kinds)
     return found
 
 
@@ -271,10 +274,10 @@ def pick(label: Label, predicted: np.ndarray, known: np.ndarray) -> tuple[int, n
     return index, predicted[index]
 
 
-def name_of(configuration: int) -> str:
-    """A configuration of the backbone's candidates in words."""
+def name_of(way: str, configuration: int) -> str:
+    """A configuration of what was read in words."""
     candidate, penalty = divmod(configuration, len(PENALTIES))
-    return f"{list(CANDIDATES)[candidate]} {PENALTIES[penalty]:g}"
+    return f"{list(CANDIDATES)[candidate] if way == 'states' else way} {PENALTIES[penalty]:g}"
 
 
 def describe(
@@ -473,15 +476,15 @@ def install() -> None:
         raise SystemExit(f"{' '.join(command)} failed; mend it, or give --no-install to measure the baselines alone")
 
 
-def open_backbone(kind: str, model: str | None) -> tuple[Backbone | None, str]:
-    """The frozen backbone that reads what all candidates look at, or why there is none."""
+def open_backbone(kind: str, model: str | None, folder: Path) -> tuple[KindsBackbone | None, str]:
+    """The frozen backbone that reads what all candidates look at, its kinds of tokens from `folder`, or why not."""
     if kind == "ngram":
         return None, "run with --backbone ngram, which is the baseline itself"
     try:
         reader = open_reader(kind, model, home=home_folder())
     except ModelError as error:
         return None, str(error)
-    return Backbone(reader, layer_numbers(DEPTHS, reader.num_layers), POOLINGS), ""
+    return open_kinds(Backbone(reader, layer_numbers(DEPTHS, reader.num_layers), POOLINGS), folder), ""
 
 
 def run(
@@ -496,7 +499,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure every set; after each write everything that is known by then. Returns: the report as written."""
     began = time.perf_counter()
-    backbone, reason = open_backbone(kind, model)
+    backbone, reason = open_backbone(kind, model, cache)
     report: dict[str, Any] = {"machine": machine(), "backbone": backbone.reader.name if backbone else kind, "sets": []}
     read_seconds = read_now = 0.0
     for judged in sets:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from hominem_mlx.reward.ridge import Ridge
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_folds
+import bench_kinds
 import bench_manifold
 import bench_quality
 from bench_counts import Counted, length_rows
@@ -30,6 +32,8 @@ COLOURS = ("red", "blue", "green", "white", "black", "brown")
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     monkeypatch.setattr(bench_quality, "RESAMPLES", 40)
+    monkeypatch.setattr(bench_kinds, "KINDS", 16)
+    monkeypatch.setattr(bench_kinds, "REPLIES", 8)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -66,7 +70,8 @@ def a_set(tmp_path: Path, rows: list[dict], name: str = "some"):
 
 def reading_of(judged, vectors: np.ndarray) -> Reading:
     """Features as if a backbone had read the texts; all candidates look at all of them."""
-    return Reading(dict(zip(judged.texts, vectors)), lambda *_: np.arange(vectors.shape[1]), 0.0, 0.0)
+    columns = np.arange(vectors.shape[1])
+    return Reading(dict(zip(judged.texts, vectors)), lambda *_: columns, columns, 0.0, 0.0)
 
 
 def planted(judged, seed: int = 1) -> Reading:
@@ -258,6 +263,34 @@ def test_a_stack_takes_what_helps_and_never_turns_a_sign():
     assert stack(np.stack([good, other, against]), changed, inside)[1] == pytest.approx(weights)
 
 
+# --- kinds of tokens --------------------------------------------------------------------------------------------------
+
+
+def test_kinds_are_shares_of_tokens_by_their_cosines():
+    rng = np.random.default_rng(0)
+    hidden, centres = rng.normal(size=(2, 5, 4)), rng.normal(size=(3, 4))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    expected = np.zeros((2, 3))
+    for row, (start, stop) in enumerate([(1, 4), (3, 5)]):
+        for token in hidden[row, start:stop]:
+            share = np.exp(bench_kinds.SHARPNESS * (centres @ token) / np.linalg.norm(token))
+            expected[row] += share / share.sum()
+    found = bench_kinds.kinds(mx.array(hidden), mx.array([[1, 4], [3, 5]]), mx.array(centres))
+    assert np.array(found) == pytest.approx(np.sqrt(expected), abs=1e-5)
+    assert np.square(np.array(found)).sum(axis=1) == pytest.approx([3, 2], abs=1e-4)  # every token counts once
+
+
+def test_centres_lie_where_tokens_are(monkeypatch):
+    monkeypatch.setattr(bench_kinds, "KINDS", 3)
+    rng = np.random.default_rng(1)
+    three = np.eye(5)[:3]
+    states = np.repeat(three, 40, axis=0) + rng.normal(0, 0.05, (120, 5))
+    monkeypatch.setattr(bench_kinds, "SEED", 3)  # one of each is drawn
+    centres = bench_kinds.find_centres(states / np.linalg.norm(states, axis=1, keepdims=True))
+    assert np.linalg.norm(centres, axis=1) == pytest.approx(1, abs=1e-5)
+    assert sorted((centres @ three.T).argmax(axis=1)) == [0, 1, 2] and (centres @ three.T).max(axis=1).min() > 0.99
+
+
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +308,7 @@ def test_sparse_rows_multiply_as_the_array_they_stand_for(tmp_path, rows, monkey
         for part in weighed.parts[1:]:  # replies and prompts, each of length 1
             assert np.diag(part.gram())[inside] == pytest.approx(1, abs=1e-5)
     else:  # the difference of two texts of length 1, which share some words
-        assert 0 < np.diag(weighed.parts[1].gram())[inside].max() < 2
+        assert 0 < np.diag(weighed.parts[1].gram())[inside].mean() < 2
 
 
 def test_words_that_only_the_held_out_fold_knows_weigh_nothing(tmp_path):
@@ -348,7 +381,7 @@ def test_folds_never_share_a_prompt_and_no_more_than_sixteen_configurations_are_
     judged = a_set(tmp_path, graded())
     fold = grouped_folds(judged.groups, bench_folds.FOLDS, seed=bench_quality.SEED)
     assert len(set(zip(judged.groups, fold))) == len(set(judged.groups))
-    assert len(CANDIDATES) * len(PENALTIES) <= 16
+    assert (len(CANDIDATES) + 1) * len(PENALTIES) <= 16  # and kinds of tokens
 
 
 def test_nothing_of_the_held_out_fold_is_chosen_or_stacked_by(tmp_path):
@@ -361,12 +394,12 @@ def test_nothing_of_the_held_out_fold_is_chosen_or_stacked_by(tmp_path):
     for targets in (label.values, np.where(out, 1 - label.values, label.values)):
         found = predict_fold(judged, fold, 2, counted, values, reading, targets[:, None])
         changed = type(label)(label.name, label.metric, targets)
-        picked = [pick(changed, found[way][..., 0], ~out) for way in ("alone", "ngram")]
+        picked = [pick(changed, found[way][..., 0], ~out) for way in ("states", "kinds", "ngram")]
         said, weights = stack(np.stack([said for _, said in picked]), targets, ~out)
         told.append(([index for index, _ in picked], weights, said[out]))
     assert told[0][0] == told[1][0]
     assert told[0][1] == pytest.approx(told[1][1]) and told[0][2] == pytest.approx(told[1][2])
-    assert found["ngram"].shape == (2 * len(COUNT_PENALTIES), 120, 1)  # replies alone, replies and prompts
+    assert found["ngram"].shape == (4 * len(COUNT_PENALTIES), 120, 1)  # replies, and prompts; words and letters, words
 
 
 def test_f1_is_given_where_the_readme_asks_for_it(tmp_path):

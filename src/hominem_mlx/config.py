@@ -206,6 +206,15 @@ class RewardConfig(Section):
     """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature, `near`
     the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean. `judge` (`lm` only) asks
     the model each dimension's question after the reply and takes the state with which it would begin to answer."""
+    head: Literal["ridge", "attention"] = "ridge"
+    """`ridge`: a linear map of the poolings; `attention`: each output looks for its own places in a reply by a learned
+    query, trained by Huber and Bradley-Terry with early stopping. Slower, and in memory it takes what all tokens do."""
+    attention_layer: Share = 0.67
+    """Depth (share of all layers) of the states an attention head reads."""
+    lora_rank: Annotated[int, Field(ge=0, le=64)] = 0
+    """Above 0: LoRA of this rank beside the backbone's layers up to there, learnt together with an attention head and
+    kept with the reward model; the backbone stays as it is. Each of up to 30 rounds costs as much as reading all rows
+    three times, and every fold of the account has its own."""
     penalties: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
     edit_weight: NonNegative = 3.0
@@ -226,6 +235,18 @@ class RewardConfig(Section):
     pairs and comparisons; acceptance, attribution and reinforcement go by the plain weighted mean."""
     seed: int = 0
     """Seed of folds and bootstrap."""
+
+    @model_validator(mode="after")
+    def _fit_together(self):
+        if self.head == "attention" and self.backbone == "ngram":
+            raise ValueError("head = attention reads the states of tokens, and n-grams have none; use head = ridge")
+        if self.head == "attention" and self.choose_layers:
+            raise ValueError(
+                "choose_layers is for head = ridge, which is fitted in seconds: set attention_layer instead"
+            )
+        if self.lora_rank and self.head != "attention":
+            raise ValueError("lora_rank needs head = attention: a ridge is solved, and gives the backbone no gradient")
+        return self
 
 
 class AdapterConfig(Section):

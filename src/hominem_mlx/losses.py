@@ -199,6 +199,32 @@ def intensity_weight(intensity: mx.array, *, mean: float) -> mx.array:
     return mx.clip(intensity / max(mean, 1e-6), 0.25, 4.0)
 
 
+def huber(error: mx.array, *, delta: float = 1.0) -> mx.array:
+    """Half the square of small errors, the absolute value of large ones less a constant; smooth where they meet.
+
+    Args:
+        error: prediction minus label, any shape.
+        delta: where one becomes the other, > 0; the slope is never beyond it.
+
+    Returns: the shape of `error`, >= 0. Source: Huber 1964.
+    """
+    size = mx.abs(error)
+    small = mx.minimum(size, delta)
+    return 0.5 * mx.square(small) + delta * (size - small)
+
+
+def bradley_terry(margin: mx.array, *, temperature: float = 1.0) -> mx.array:
+    """`-log sig(margin / T)`: that the better of two comes out the better one.
+
+    Args:
+        margin: what is said of the better reply minus what is said of the other, any shape.
+        temperature: T > 0, in the unit of the margin.
+
+    Returns: the shape of `margin`, > 0; log 2 where the two are alike. Source: Bradley and Terry 1952.
+    """
+    return mx.logaddexp(0.0, -margin / temperature)
+
+
 def rloo_advantage(reward: mx.array) -> mx.array:
     """How much better each reply did than the mean of the other replies to its prompt.
 

@@ -61,7 +61,9 @@ def reward(session: Session, rows: int, against: str | None) -> None:
     with session.console.progress() as report:
         pairs = [(row.prompt, row.response) for row in known]
         features = None if backbone is None else backbone.read_cached(pairs, session.home, report)
-        account["categories"] = categories.carried_over(known, features, backbone, session.config, report)
+        account["categories"] = categories.carried_over(
+            known, features, backbone, model.settings(session.config), report
+        )
     found, shown = acceptance.checks(account), recipe.preview(model, labels, rows, seed)
     reasons = acceptance.refusals(found)
     session.registry.examined(examined, reasons, by="evaluate reward")

@@ -9,6 +9,7 @@ from hominem_mlx.cli.console import Console
 
 RAISES, LOWERS = (0, 120, 150), (200, 90, 0)  # blue-green and orange: told apart by people who do not see red or green
 TOLD = 5  # words listed on each side
+LOOKS, _LOOKED = "looked at (display only, not a cause)", "120,120,120"  # neither raises nor lowers, so no colour
 STYLE = (
     "body{font:16px/1.7 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "h2{font-size:1rem;margin:2rem 0 .3rem}.reply{white-space:pre-wrap}.reply span{border-radius:.2em}"
@@ -30,6 +31,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
         for name, side in (("raise it", raised), ("lower it", lowered)):
             told = ", ".join(f"{word or '(end)'} {value:+.3f}" for word, value in side)
             console.say(f"{name}: {told or 'nothing'}")
+        if "attention" in one:
+            most = sorted(one["attention"]["words"], key=lambda word: -word[1])[:TOLD]
+            told = ", ".join(f"{word.strip() or '(end)'} {share:.0%}" for word, share in most)
+            console.say(f"{LOOKS}: {told}")
     if found["left_out"]:
         names = list(found["left_out"][0]["lost"])
         console.say()
@@ -49,6 +54,14 @@ def page(found: dict[str, Any]) -> str:
             for word, value in words
         )
         parts.append(f'<h2>{html.escape(_headline(one))}</h2><p class="reply">{spans}</p>')
+        if "attention" in one:
+            looks = one["attention"]["words"]
+            spans = "".join(
+                f'<span title="{share:.1%}" style="background:rgba({_LOOKED},{share / _most(looks):.2f})">'
+                f"{html.escape(word)}</span>"
+                for word, share in looks
+            )
+            parts.append(f'<p class="note">{LOOKS}:</p><p class="reply">{spans}</p>')
     if found["left_out"]:
         names = list(found["left_out"][0]["lost"])
         head = "".join(f"<th>{html.escape(name)} lost" for name in names)

@@ -26,7 +26,8 @@ def score(
     """Let the reward model judge replies.
 
     One reply with --prompt and --response, or a file of rows that hold `prompt` and `response`. With --why the words
-    of one reply are told apart: which of them raised an output, which lowered it.
+    of one reply are told apart: which of them raised an output, which lowered it. A reward model with an attention head
+    (reward.head) also shows where it looked, which is no cause.
     """
     if (why or html) and (file is not None or not why):
         raise click.UsageError("--why is for one reply (--prompt, --response), and --html shows what --why finds")

@@ -192,7 +192,7 @@ def held_out(
         wanted=wanted,
         seed=seed,
     )
-    norm = hidden_norm(model.features.read(pairs)[0], scalar) if isinstance(model.features, Backbone) else None
+    norm = hidden_norm(model.features.plain.read(pairs)[0], scalar) if isinstance(model.features, Backbone) else None
     return {
         **account,
         **in_json({"smoothness": moved, "noise": under_noise(model, pairs, seed=seed), "hidden_norm": norm}),

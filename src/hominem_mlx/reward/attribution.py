@@ -15,6 +15,7 @@ import numpy as np
 from hominem_mlx.errors import InputError
 from hominem_mlx.metrics import spearman
 from hominem_mlx.models.platform import lanes
+from hominem_mlx.reward.attention import AttentionHead
 from hominem_mlx.reward.features import Backbone
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.schema import EMPTY
@@ -45,14 +46,19 @@ class Attribution:
     @property
     def words(self) -> list[tuple[str, float]]:
         """Whole words with the space before them, and what their pieces add together."""
-        found: list[tuple[str, float]] = []
-        for piece, value in zip(self.pieces, self.values, strict=True):
-            if found and not (piece[:1].isspace() or found[-1][0][-1:].isspace()):
-                before, so_far = found.pop()
-                found.append((before + piece, so_far + value))
-            else:
-                found.append((piece, value))
-        return found
+        return words_of(self.pieces, self.values)
+
+
+def words_of(pieces: Sequence[str], values: Sequence[float]) -> list[tuple[str, float]]:
+    """Pieces of a reply put together to whole words, each with the space before it, and the sums of their values."""
+    found: list[tuple[str, float]] = []
+    for piece, value in zip(pieces, values, strict=True):
+        if found and not (piece[:1].isspace() or found[-1][0][-1:].isspace()):
+            before, so_far = found.pop()
+            found.append((before + piece, so_far + value))
+        else:
+            found.append((piece, value))
+    return found
 
 
 def integrated_gradients(
@@ -122,17 +128,24 @@ def explain(
 def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Exactly what the hidden state at each place adds to an output, measured from the training rows' mean.
 
-    The head is linear and `mean`, `max` and `last` are sums over places, so this adds up to 1e-6 of the value. A state
-    has read its neighbours: this is where a judgement was read, not why it was made.
+    A ridge head is linear and `mean`, `max` and `last` are sums over places, so this adds up to 1e-6 of the value; an
+    attention head is a sum over places itself. A state has read its neighbours: this is where a judgement was read, not
+    why it was made.
 
     Returns: by output `values` `[R]`, `elsewhere` (what is read at no single place adds: `std`, `gap`, `judge` and
         others) and `start`, the output at the mean of the training rows; all together they are the unclipped output.
     """
-    backbone = _differentiable(model)
+    backbone, head = _differentiable(model), model.head
+    if isinstance(head, AttentionHead):
+        parts, start = head.parts(*_states_of(backbone, head, prompt, response))[0], head.start
+        return {
+            output: {"values": (parts @ pick).tolist(), "elsewhere": 0.0, "start": (start @ pick).item()}
+            for output, pick in ((output, _pick(model, output)) for output in outputs)
+        }
     passage = backbone.reader.passage(prompt, response)
     first, last = passage.said
     states = backbone.reader.hidden_states([passage], backbone.spec.layers)
-    head, size = model.head, states[0].shape[-1]
+    size = states[0].shape[-1]
     weight = np.array(head.weight / head.feature_scale[:, None] * head.label_scale, np.float64)
     mean = np.array(head.feature_mean, np.float64)
     added, elsewhere = np.zeros((last - first, weight.shape[1])), np.zeros(weight.shape[1])
@@ -158,6 +171,26 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
         found[output] = {"values": (added @ pick).tolist(), "elsewhere": float(elsewhere @ pick)}
         found[output]["start"] = float(start @ pick)
     return found
+
+
+def attended(model: RewardModel, prompt: str, response: str, outputs: Sequence[str]) -> dict[str, list[float]]:
+    """How much of its look an attention head spends on each token of the reply, by output `[R]`, 1 in all.
+
+    For display only: a state may be looked at and count for nothing, and other looks would judge alike (Jain and
+    Wallace 2019, arXiv 1902.10186). Of the scalar it is the weighted mean of the dimensions' looks. Empty with a ridge
+    head, which looks at all places alike.
+    """
+    backbone, head = _differentiable(model), model.head
+    if not isinstance(head, AttentionHead):
+        return {}
+    shares = head.shares(*_states_of(backbone, head, prompt, response))[0]
+    return {output: (shares @ _pick(model, output)).tolist() for output in outputs}
+
+
+def _states_of(backbone: Backbone, head: AttentionHead, prompt: str, response: str) -> tuple[mx.array, mx.array]:
+    """The reply's states `[1, R, D]`, and their places `[1, 2]`."""
+    states = backbone.states([(prompt, response)], head.layer)[0]
+    return mx.array(states)[None], mx.array([(0, len(states))])
 
 
 def leave_out(model: RewardModel, prompt: str, response: str, outputs: Sequence[str]) -> list[dict[str, Any]]:
@@ -199,7 +232,7 @@ def agreement(attribution: Attribution, left_out: Sequence[dict[str, Any]]) -> f
 def report(
     model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS
 ) -> dict[str, Any]:
-    """All three views of one reply, in JSON's own types; of n-grams, which have no gradient, `left_out` alone.
+    """All views of one reply, in JSON's own types; of n-grams, which have no gradient, `left_out` alone.
 
     Raises: InputError as `explain` does.
     """
@@ -209,15 +242,15 @@ def report(
     if not isinstance(model.features, Backbone):
         return {"prompt": prompt, "response": response, "outputs": [], "left_out": left}
     where = places(model, prompt, response, outputs)
-    return {
-        "prompt": prompt,
-        "response": response,
-        "outputs": [
-            asdict(found) | {"words": found.words, "places": where[found.output], "agreement": agreement(found, left)}
-            for found in explain(model, prompt, response, outputs, steps=steps)
-        ],
-        "left_out": left,
-    }
+    looks = attended(model, prompt, response, outputs)
+    told = []
+    for found in explain(model, prompt, response, outputs, steps=steps):
+        one = asdict(found) | {"words": found.words, "places": where[found.output], "agreement": agreement(found, left)}
+        if looks:
+            values = looks[found.output]
+            one["attention"] = {"values": values, "words": words_of(found.pieces, values), "is_a_cause": False}
+        told.append(one)
+    return {"prompt": prompt, "response": response, "outputs": told, "left_out": left}
 
 
 def _differentiable(model: RewardModel) -> Backbone:

@@ -3,14 +3,17 @@
 Shapes: `N` pairs, `T` tokens, `D` hidden size, `F` features = layers x poolings x D (`judge` counts once a question).
 """
 
+import contextlib
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -22,6 +25,8 @@ from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import Encoder, Passage
 from hominem_mlx.models.platform import lanes
 from hominem_mlx.models.prefix import can_share
+from hominem_mlx.reward.attention import AttentionHead
+from hominem_mlx.reward.tuning import Tuning
 from hominem_mlx.schema import TRUNCATED
 from hominem_mlx.training.rows import Row, fit
 
@@ -61,6 +66,16 @@ class Reader(Protocol):
     name: str
     hash: str
     num_layers: int
+    tuning: Tuning | None
+
+    def tuned(self, tuning: Tuning) -> Self:
+        """The same model read with low-rank parts of a reward model's own beside its layers."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The model's blocks, in order."""
+        ...
 
     def passage(self, prompt: str, response: str) -> Passage:
         """The pair in tokens."""
@@ -86,7 +101,22 @@ class Reader(Protocol):
         ...
 
 
-class EncoderReader:
+class _Tunable:
+    """What readers have in common: low-rank parts of a reward model's own beside their layers, or none."""
+
+    tuning: Tuning | None = None
+
+    def tuned(self, tuning: Tuning) -> Self:
+        """The same model read with these parts; the model itself is shared and stays as it is."""
+        made = copy.copy(self)
+        made.tuning = tuning
+        return made
+
+    def _beside(self, blocks: Sequence[nn.Module]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.tuning is None else self.tuning.beside(blocks)
+
+
+class EncoderReader(_Tunable):
     """Reads `[CLS] prompt [SEP] response [SEP]`, both directions at once."""
 
     kind = "encoder"
@@ -103,7 +133,13 @@ class EncoderReader:
         self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
     ) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
-        return self.encoder.hidden_states(passages, layers, embedded)
+        with self._beside(self.blocks):
+            return self.encoder.hidden_states(passages, layers, embedded)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The encoder's blocks."""
+        return self.encoder.model.layers
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Tokens to their own vectors."""
@@ -119,7 +155,7 @@ class EncoderReader:
         return self.encoder.pieces(response, passage)
 
 
-class LmReader:
+class LmReader(_Tunable):
     """Reads the pair through the chat template, as the model would have answered it; never through an adapter.
 
     With questions, each is also asked after the reply, as the person's next turn.
@@ -147,7 +183,7 @@ class LmReader:
         self, passages: Sequence[Passage], layers: Sequence[int], embedded: mx.array | None = None
     ) -> list[mx.array]:
         """`[N, T, D]` float32 a layer."""
-        with lora.without_adapter(self.lm):
+        with lora.without_adapter(self.lm), self._beside(self.blocks):
             return self.lm.hidden_states(_padded([passage.tokens for passage in passages]), layers, embedded)
 
     def ask(
@@ -159,7 +195,7 @@ class LmReader:
         """
         ends = mx.array([len(suffix) - 1 for suffix in self.suffixes])
         suffixes = _padded(self.suffixes)
-        with lora.without_adapter(self.lm):
+        with lora.without_adapter(self.lm), self._beside(self.blocks):
             if embedded is None and self._can_go_on:
                 tokens = _padded([passage.tokens for passage in passages])
                 lengths = mx.array([len(passage.tokens) for passage in passages])
@@ -179,6 +215,11 @@ class LmReader:
                 mx.take_along_axis(h, last, axis=1).reshape(len(passages), len(self.suffixes), -1) for h in states
             ]
             return [h[:: len(self.suffixes)] for h in states], answers
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The model's blocks."""
+        return self.lm.model.layers
 
     @functools.cached_property
     def _can_go_on(self) -> bool:
@@ -263,10 +304,19 @@ class Backbone:
     """A reader, the layers and poolings that are read, and where results are kept.
 
     The pooling `judge` is none: it stands for the states with which a language model would begin to answer each of
-    `questions`, asked after the reply, and comes after all poolings, question by question.
+    `questions`, asked after the reply, and comes after all poolings, question by question. What an attention head makes
+    of the states comes last.
     """
 
-    def __init__(self, reader: Reader, layers: Sequence[int], poolings: Sequence[str], questions: Sequence[str] = ()):
+    def __init__(
+        self,
+        reader: Reader,
+        layers: Sequence[int],
+        poolings: Sequence[str],
+        questions: Sequence[str] = (),
+        attention: AttentionHead | None = None,
+        tuning: Tuning | None = None,
+    ):
         if JUDGE in poolings:
             if not isinstance(reader, LmReader):
                 raise ModelError(
@@ -274,13 +324,30 @@ class Backbone:
                     "reward.backbone=lm"
                 )
             reader = LmReader(reader.lm, questions)
-        self.reader = reader
+        self.untuned = reader
+        self.reader: Reader = reader if tuning is None else reader.tuned(tuning)
         self.questions = tuple(questions) if JUDGE in poolings else ()
         self.pooled = tuple(name for name in poolings if name != JUDGE)
         self.spec = FeatureSpec(reader.kind, reader.hash, tuple(layers), tuple(poolings), self.questions)
-        wrong = [layer for layer in layers if not 0 <= layer <= reader.num_layers]
+        self.attention = attention
+        self.layers = sorted({*layers, *([] if attention is None else [attention.layer])})
+        self._states: dict[tuple[int, Pair], np.ndarray] = {}
+        wrong = [layer for layer in self.layers if not 0 <= layer <= reader.num_layers]
         if wrong:
             raise ModelError(f"{reader.name} has {reader.num_layers} layers; {wrong} cannot be read")
+
+    def looked_at_by(self, attention: AttentionHead | None, tuning: Tuning | None = None) -> "Backbone":
+        """The same model read with this attention head and these low-rank parts, or without."""
+        spec = self.spec
+        made = Backbone(self.untuned, spec.layers, spec.poolings, spec.questions, attention, tuning)
+        if made.reader.tuning is None and self.reader.tuning is None:
+            made._states = self._states
+        return made
+
+    @functools.cached_property
+    def plain(self) -> "Backbone":
+        """The same without a head and as the model was published: the features alone, which hang on no label."""
+        return self if self.attention is None and self.reader.tuning is None else self.looked_at_by(None)
 
     def owner(self, num_features: int) -> np.ndarray | None:
         """`[F]`: the number of the question whose answer a feature belongs to, -1 for poolings; None without any."""
@@ -292,17 +359,18 @@ class Backbone:
         return np.concatenate([pooled, np.repeat(np.arange(len(self.questions)), block)])
 
     def read(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-        """Features `[N, F]` float32 and the flags of each pair: in batches, sorted by length, nothing kept."""
+        """Features `[N, F]` float32, then the head's columns, and the flags of each pair; nothing is kept."""
         passages = [self.reader.passage(*pair) for pair in pairs]
         order = sorted(range(len(passages)), key=lambda index: len(passages[index].tokens))
         size = SCORE_BATCH // len(lanes())
         batches = [[passages[i] for i in order[first : first + size]] for first in range(0, len(order), size)]
-        features = np.concatenate(list(self._features(batches))) if batches else np.zeros((0, 0), np.float32)
+        made = list(self._made(batches, self.features))
+        features = np.concatenate(made) if made else np.zeros((0, 0), np.float32)
         back = np.argsort(order, kind="stable")
         return features[back], [passage.flags for passage in passages]
 
     def read_cached(self, pairs: Sequence[Pair], home: Path, progress: Progress | None = None) -> np.ndarray:
-        """Features `[N, F]` float32 of a data set, from `home/cache/features` where they are there.
+        """Features `[N, F]` float32 of a data set, from `home/cache/features` where they are there; no head's columns.
 
         Each pair is computed alone: what it gets then hangs on no neighbour, so that a run after a kill, or with more
         rows, finds the same bits and arrives at the same reward model.
@@ -313,7 +381,7 @@ class Backbone:
         missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}.items())
         for first in range(0, len(missing), SHARD):
             fresh, shard = {}, missing[first : first + SHARD]
-            alone = self._features([[self.reader.passage(*pair)] for _, pair in shard])
+            alone = self._made([[self.reader.passage(*pair)] for _, pair in shard], self.plain.features)
             for offset, ((key, _), row) in enumerate(zip(shard, alone, strict=True), first + 1):
                 fresh[key] = row[0]
                 if progress and (offset % 8 == 0 or offset == len(missing)):
@@ -331,13 +399,34 @@ class Backbone:
         for first in range(0, len(fresh), SHARD):
             _write_shard(folder, {key: rows[key] for key in fresh[first : first + SHARD]})
 
-    def _features(self, batches: Sequence[Sequence[Passage]]) -> Iterator[np.ndarray]:
-        """Features of each batch; as many batches at once as the machine has lanes."""
+    def states(self, pairs: Sequence[Pair], layer: int, progress: Progress | None = None) -> list[np.ndarray]:
+        """States of each reply's tokens at one layer, `[R, D]` float32 each: what an attention head learns from.
+
+        Each pair is computed alone, as in `read_cached`, and kept in memory only: they are several times what features
+        are, and few trainings ask for them.
+        """
+
+        def said(passages: Sequence[Passage]) -> mx.array:
+            first, last = passages[0].said
+            return self.reader.hidden_states(passages, [layer])[0][0, first:last]
+
+        missing = [pair for pair in dict.fromkeys(pairs) if (layer, pair) not in self._states]
+        made = self._made([[self.reader.passage(*pair)] for pair in missing], said)
+        for done, (pair, states) in enumerate(zip(missing, made, strict=True), 1):
+            self._states[layer, pair] = states
+            if progress and (done % 8 == 0 or done == len(missing)):
+                progress({"stage": "token states", "done": done, "total": len(missing)})
+        return [self._states[layer, pair] for pair in pairs]
+
+    def _made(
+        self, batches: Sequence[Sequence[Passage]], make: Callable[[Sequence[Passage]], mx.array]
+    ) -> Iterator[np.ndarray]:
+        """What is made of each batch; as many batches at once as the machine has lanes."""
         for first in range(0, len(batches), len(lanes())):
             made = []
             for lane, passages in zip(lanes(), batches[first:]):
                 with mx.stream(lane):
-                    made.append(self.features(passages))
+                    made.append(make(passages))
             mx.eval(made)
             for features in map(np.array, made):
                 if not np.isfinite(features).all():
@@ -345,17 +434,24 @@ class Backbone:
                 yield features
 
     def features(self, passages: Sequence[Passage], embedded: mx.array | None = None) -> mx.array:
-        """Features `[N, F]` of passages, as a graph; `embedded` `[N, T, D]` in place of their tokens' own vectors."""
+        """Features `[N, F]` of passages, then the head's columns, as a graph.
+
+        With `embedded` `[N, T, D]` that is read in place of their tokens' own vectors.
+        """
         asked = mx.array([passage.asked for passage in passages])
         said = mx.array([passage.said for passage in passages])
         answers: list[mx.array] = []
         if self.questions and isinstance(self.reader, LmReader):
-            states, answers = self.reader.ask(passages, self.spec.layers, embedded)
+            states, answers = self.reader.ask(passages, self.layers, embedded)
         else:
-            states = self.reader.hidden_states(passages, self.spec.layers, embedded)
-        blocks = [pool(h, asked, said, self.pooled) for h in states] if self.pooled else []
+            states = self.reader.hidden_states(passages, self.layers, embedded)
+        places = [self.layers.index(layer) for layer in self.spec.layers]
+        blocks = [pool(states[place], asked, said, self.pooled) for place in places] if self.pooled else []
         if answers:
-            blocks.append(mx.stack(answers, axis=2).reshape(len(passages), -1))  # [N, K, layers, D]
+            kept = [answers[place] for place in places]
+            blocks.append(mx.stack(kept, axis=2).reshape(len(passages), -1))  # [N, K, layers, D]
+        if self.attention is not None:
+            blocks.append(self.attention.attend(states[self.layers.index(self.attention.layer)], said))
         return mx.concatenate(blocks, axis=1)
 
 

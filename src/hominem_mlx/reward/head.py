@@ -32,6 +32,11 @@ class RidgeHead(nn.Module):
         self.member_bias = mx.zeros((num_members, num_outputs))
         self.freeze()
 
+    @property
+    def num_columns(self) -> int:
+        """How many features it reads."""
+        return self.weight.shape[0]
+
     def __call__(self, features: mx.array) -> tuple[mx.array, mx.array]:
         """`[B, O]` values, unclipped, and `[E, B, O]` what each bootstrap member says."""
         z = (features - self.feature_mean) / self.feature_scale
@@ -102,11 +107,11 @@ def fit(
     """
     z, mean, scale = features, np.zeros(features.shape[1]), np.ones(features.shape[1])
     if standardise:
-        z, mean, scale = _standardised(features)
-    label_mean, label_scale = _label_moments(labels)
+        z, mean, scale = standardised(features)
+    label_mean, label_scale = label_moments(labels)
     targets = (labels - label_mean) / label_scale
     fold = grouped_folds(groups, folds, seed=seed)
-    drawn = _bootstrap_rows(groups, members, seed=seed)
+    drawn = bootstrap_rows(groups, members, seed=seed)
     views = _views(owner, labels.shape[1])
     found = _regress(z, targets, fold, penalties, drawn, views)
     share = np.ones(labels.shape[1]) if shares is None else np.asarray(shares, float)
@@ -218,7 +223,7 @@ def _fold_errors(ridge: Ridge, targets: np.ndarray, fold: np.ndarray, penalties:
     return errors
 
 
-def _bootstrap_rows(groups: Sequence[str] | np.ndarray, members: int, *, seed: int) -> list[np.ndarray]:
+def bootstrap_rows(groups: Sequence[str] | np.ndarray, members: int, *, seed: int) -> list[np.ndarray]:
     """Rows of as many groups as there are, drawn with replacement, for each member."""
     names, owner = np.unique(np.asarray(groups), return_inverse=True)
     rows_of = [np.flatnonzero(owner == index) for index in range(len(names))]
@@ -228,7 +233,7 @@ def _bootstrap_rows(groups: Sequence[str] | np.ndarray, members: int, *, seed: i
     ]
 
 
-def _standardised(features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def standardised(features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Features `[N, F]` in float64 with mean 0 and equal variance, and what was taken out: mean and scale `[F]`.
 
     The scale holds sqrt(F), so that a row has mean squared length 1.
@@ -243,7 +248,7 @@ def _standardised(features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return z, mean, scale
 
 
-def _label_moments(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def label_moments(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation `[O]` of the labels there are; a constant output keeps the scale 1."""
     there = ~np.isnan(labels)
     count = np.maximum(there.sum(axis=0), 1)

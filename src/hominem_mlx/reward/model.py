@@ -1,4 +1,4 @@
-"""The reward model: a frozen backbone, a ridge head, and the one place where they become a judgement."""
+"""The reward model: a frozen backbone, a head, and the one place where they become a judgement."""
 
 import functools
 from collections.abc import Sequence
@@ -12,18 +12,20 @@ from mlx.utils import tree_flatten, tree_unflatten
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hominem_mlx.abuse import is_adversarial
-from hominem_mlx.config import home_folder, load_config
+from hominem_mlx.config import Config, home_folder, load_config
 from hominem_mlx.errors import InputError, ModelError
 from hominem_mlx.files import explain, read_json, sha256_bytes, sha256_json, write_json
 from hominem_mlx.models import backbone as backbones
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import NAME, find_encoder, load_encoder
+from hominem_mlx.reward.attention import AttentionHead
 from hominem_mlx.reward.distribution import Distribution
 from hominem_mlx.reward.features import JUDGE, Backbone, EncoderReader, FeatureSpec, LmReader, Pair, Progress, Reader
 from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.quantiles import QuantileHead, spread
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
+from hominem_mlx.reward.tuning import Tuning
 from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Dimension, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
@@ -31,6 +33,7 @@ WIDTH = 0.9  # how often the label lies within `RewardOutput.width` of the predi
 CARD, HEAD, VOCABULARY = "reward_model.json", "head.safetensors", "vocabulary.json"
 GATE, QUANTILES = "gate.safetensors", "quantiles.safetensors"
 DISTRIBUTION = "distribution.safetensors"  # not there in models of few rows, of n-grams, and older ones
+TUNING = "lora.safetensors"  # low-rank parts beside the backbone's layers, of models that were trained with them
 GET_ENCODER = "`hominem doctor --get-encoder` fetches it"
 
 
@@ -50,6 +53,17 @@ class Card(BaseModel):
     penalties: dict[str, float] = {}
     width: dict[str, float] = {}
     scalar: ScalarCard = ScalarCard()
+    attention_layer: int | None = None
+    """The block whose states an attention head reads; None with a ridge head."""
+    epochs: dict[str, int] = {}
+    """For how many each output of an attention head learnt; 0: nothing could be, and the mean is said."""
+    lora_rank: int = 0
+    """Of the low-rank parts beside the backbone's layers; 0 without any."""
+
+    def as_json(self) -> dict:
+        """What is written and hashed; a ridge head's card is what it was before there were others."""
+        is_ridge = self.attention_layer is None
+        return self.model_dump(mode="json", exclude={"attention_layer", "epochs", "lora_rank"} if is_ridge else None)
 
     @functools.cached_property
     def judged(self) -> Manifold:
@@ -68,7 +82,7 @@ class RewardModel:
     def __init__(
         self,
         card: Card,
-        head: RidgeHead,
+        head: RidgeHead | AttentionHead,
         features: Backbone | NgramFeatures | None = None,
         *,
         gate: Gate | None = None,
@@ -76,9 +90,10 @@ class RewardModel:
         home: Path | None = None,
         distribution: Distribution | None = None,
         quantiles: QuantileHead | None = None,
+        tuning: Tuning | None = None,
     ):
         self.card, self.head, self.gate, self.distribution = card, head, gate, distribution
-        self.quantiles = quantiles
+        self.quantiles, self.tuning = quantiles, tuning
         self._features, self._lm, self._home = features, lm, home
 
     # --- judging ---------------------------------------------------------------------------------------------------
@@ -98,6 +113,7 @@ class RewardModel:
         if said:
             features, flags = self.features.read([pairs[index] for index in said])
             values, members = self.predict(features)
+            features = features[:, : len(self._moments[0])]
             weights, strange, scatter = self.weights(features), self.is_strange(features), self._scatter(values)
             for place, index in enumerate(said):
                 if EMPTY not in flags[place]:
@@ -147,8 +163,11 @@ class RewardModel:
         return np.array(self.head.feature_mean), np.array(self.head.feature_scale)
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`."""
-        width = self.head.weight.shape[0]
+        """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`.
+
+        An attention head's columns come after the features, as its backbone gives them.
+        """
+        width = self.head.num_columns
         if features.shape[1] != width:
             raise ModelError(
                 f"{self.card.backbone_name} gives {features.shape[1]} features, the reward model knows {width}; "
@@ -162,6 +181,13 @@ class RewardModel:
         if isinstance(self.features, NgramFeatures):
             return self.features.read(pairs)[0]
         return self.features.read_cached(pairs, home, progress)
+
+    def settings(self, config: Config) -> Config:
+        """A configuration that trains the same kind of head, whichever the given one asks for."""
+        head = "ridge" if self.card.attention_layer is None else "attention"
+        own: dict = {"head": head, "lora_rank": self.card.lora_rank}
+        own |= {} if self.card.attention_layer is None else {"choose_layers": False}
+        return config.model_copy(update={"reward": config.reward.model_copy(update=own)})
 
     @property
     def backbone(self) -> str:
@@ -186,7 +212,8 @@ class RewardModel:
         arrays += tree_flatten(self.quantiles.parameters(), ".quantiles") if self.quantiles else []
         digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
         digests |= {"distribution": self.distribution.digest} if self.distribution is not None else {}
-        return sha256_json({"card": self.card.model_dump(mode="json"), "arrays": digests})
+        digests |= {"tuning": self.tuning.digest} if self.tuning is not None else {}
+        return sha256_json({"card": self.card.as_json(), "arrays": digests})
 
     def _open(self) -> Backbone:
         card = self.card
@@ -202,7 +229,8 @@ class RewardModel:
                 f"the reward model was trained on {card.backbone_name} {card.backbone_hash[:12]}, here it is "
                 f"{reader.hash[:12]}: bring that version back, or train again with `hominem train reward`"
             )
-        return Backbone(reader, card.layers, card.poolings, card.questions)
+        attention = self.head if isinstance(self.head, AttentionHead) else None
+        return Backbone(reader, card.layers, card.poolings, card.questions, attention, self.tuning)
 
     def _named(self, members: np.ndarray, weights: np.ndarray) -> dict[str, tuple[float, ...]]:
         """What members `[E, O]` say of each output and the scalar; nothing without members."""
@@ -257,7 +285,7 @@ class RewardModel:
 
     def save(self, folder: Path) -> None:
         """Write the model into `folder`, which should be a draft."""
-        write_json(folder / CARD, self.card.model_dump(mode="json"))
+        write_json(folder / CARD, self.card.as_json())
         mx.save_safetensors(str(folder / HEAD), dict(tree_flatten(self.head.parameters())))
         if self.gate is not None:
             mx.save_safetensors(str(folder / GATE), dict(tree_flatten(self.gate.parameters())))
@@ -265,6 +293,8 @@ class RewardModel:
             mx.save_safetensors(str(folder / QUANTILES), dict(tree_flatten(self.quantiles.parameters())))
         if self.distribution is not None:
             self.distribution.save(folder / DISTRIBUTION)
+        if self.tuning is not None:
+            mx.save_safetensors(str(folder / TUNING), self.tuning.values)
         if isinstance(self._features, NgramFeatures):
             pieces = {"pieces": self._features.vocabulary, "idf": self._features.idf.tolist()}
             write_json(folder / VOCABULARY, pieces)
@@ -302,12 +332,15 @@ class RewardModel:
             )
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
         head = _read_head(folder / HEAD, card, ngram)
-        gate = _read_gate(folder / GATE, card, head.weight.shape[0]) if (folder / GATE).exists() else None
+        width = len(head.feature_mean)
+        gate = _read_gate(folder / GATE, card, width) if (folder / GATE).exists() else None
         quantiles = _read_quantiles(folder / QUANTILES, card) if (folder / QUANTILES).exists() else None
         there = (folder / DISTRIBUTION).exists()
-        distribution = Distribution.load(folder / DISTRIBUTION, head.weight.shape[0]) if there else None
-        place = home or _home_of(folder)
-        return cls(card, head, ngram, gate=gate, lm=lm, home=place, distribution=distribution, quantiles=quantiles)
+        distribution = Distribution.load(folder / DISTRIBUTION, width) if there else None
+        tuning = _read_tuning(folder / TUNING) if card.lora_rank else None
+        made = cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder), distribution=distribution)
+        made.quantiles, made.tuning = quantiles, tuning
+        return made
 
 
 def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
@@ -315,11 +348,19 @@ def _spread(members: dict[str, tuple[float, ...]]) -> dict[str, float]:
     return {name: float(np.std(values)) for name, values in members.items()}
 
 
-def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead:
+def _read_head(path: Path, card: Card, ngram: NgramFeatures | None) -> RidgeHead | AttentionHead:
     arrays = _read_arrays(path)
-    width = len(ngram.vocabulary) if ngram else arrays["weight"].shape[0] if "weight" in arrays else 0
-    members = arrays["member_bias"].shape[0] if "member_bias" in arrays else 0
-    head = RidgeHead(width, len(card.outputs), members)
+
+    def size(name: str) -> int:
+        return arrays[name].shape[0] if name in arrays and arrays[name].ndim else 0
+
+    head: RidgeHead | AttentionHead
+    if card.attention_layer is None:
+        width = len(ngram.vocabulary) if ngram else size("weight")
+        head = RidgeHead(width, len(card.outputs), size("member_bias"))
+    else:
+        sizes = size("feature_mean"), size("state_mean"), len(card.outputs), max(0, size("bias") - 1)
+        head = AttentionHead(*sizes, card.attention_layer)
     wrong = card.outputs != (*card.judged.names, *EXTRA, *(axis.name for axis in card.emotions))
     problems = [f"its outputs {', '.join(card.outputs)} are not those of its manifold"] if wrong else []
     _fill(head, arrays, path, problems)
@@ -338,6 +379,18 @@ def _read_quantiles(path: Path, card: Card) -> QuantileHead:
     head = QuantileHead(len(card.outputs), len(card.judged.names))
     _fill(head, _read_arrays(path), path, [])
     return head
+
+
+def _read_tuning(path: Path) -> Tuning:
+    values = _read_arrays(path)
+    problems = [f"{name} holds NaN or infinity" for name, v in values.items() if not mx.isfinite(v).all().item()]
+    names = {name.rpartition(".")[0] for name in values}
+    missing = [f"{name}.{side}" for name in sorted(names) for side in "ab" if f"{name}.{side}" not in values]
+    problems += [f"{name} is missing" for name in missing]
+    problems += [] if values else ["holds nothing, and the reward model was trained with low-rank parts"]
+    if problems:
+        raise InputError([f"{path}: {problem}" for problem in problems])
+    return Tuning(values)
 
 
 def _read_arrays(path: Path) -> dict[str, mx.array]:

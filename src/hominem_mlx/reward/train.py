@@ -14,10 +14,12 @@ from hominem_mlx.metrics import pair_accuracy
 from hominem_mlx.models.backbone import LanguageModel
 from hominem_mlx.models.encoder import find_encoder
 from hominem_mlx.records import Label
+from hominem_mlx.reward import attention, tuning
 from hominem_mlx.reward import distribution as distributions
 from hominem_mlx.reward import head as heads
 from hominem_mlx.reward import layers as reading
 from hominem_mlx.reward import quantiles as scatter
+from hominem_mlx.reward.attention import AttentionHead
 from hominem_mlx.reward.examine import (
     CLEAR,
     LEVELS,
@@ -30,7 +32,7 @@ from hominem_mlx.reward.examine import (
     widths,
 )
 from hominem_mlx.reward.features import Backbone, layer_numbers
-from hominem_mlx.reward.head import EXTRA
+from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.own import felt, learnable, not_learnt_yet, of_the_seven, own_lines
@@ -78,7 +80,7 @@ def train(
     kind, why = choose_backbone(config, registry.home)
     settings = config.reward.model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
-    features = None if backbone is None else backbone.read_cached(_pairs([*rows, *valid]), registry.home, progress)
+    features = _read([*rows, *valid], backbone, config, registry.home, progress)
     metrics = _account([*rows, *valid], features, backbone, config, progress, learnt=rows)
 
     if progress:
@@ -86,8 +88,10 @@ def train(
     ours = features if features is None else features[: len(rows)]
     model = _fit(rows, ours, backbone, config, members=config.reward.members)
     if valid:
-        theirs = model.features.read(_pairs(valid))[0] if features is None else features[len(rows) :]
-        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, _as_read(theirs, backbone, model))
+        theirs = None if features is None else _as_read(features[len(rows) :], backbone, model)
+        metrics["valid_pair_accuracy"] = _pair_accuracy(
+            model, valid, _columns(model.head, model.features, valid, theirs)
+        )
     if config.reward.choose_layers and features is not None and isinstance(model.features, Backbone):
         model.features.keep(_pairs([*rows, *valid]), _as_read(features, backbone, model), registry.home)
     if progress:
@@ -126,7 +130,7 @@ def cross_validate(
     """
     kind, _ = choose_backbone(config, home)
     backbone = open_backbone(kind, config, home, lm)
-    features = None if backbone is None else backbone.read_cached(_pairs(labels), home, progress)
+    features = _read(labels, backbone, config, home, progress)
     return _account(labels, features, backbone, config, progress)
 
 
@@ -161,11 +165,9 @@ def left_out(
         except InputError:  # an output is labelled in this part only, so that nothing can be said of it
             found[outside] = np.nan
             continue
-        if features is None:
-            theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
-        else:
-            theirs = _as_read(features[outside], backbone, model)
-        found[outside] = model.predict(theirs)[0][:, : found.shape[1]]  # emotions come last
+        theirs = None if features is None else _as_read(features[outside], backbone, model)
+        columns = _columns(model.head, model.features, [labels[index] for index in outside], theirs)
+        found[outside] = model.predict(columns)[0][:, : found.shape[1]]  # emotions come last
         if progress:
             progress({"stage": stage, "done": done, "total": len(names)})
     return found
@@ -198,7 +200,7 @@ def fit_judge(
     """A reward model of these rows that reads with an `encoder` or `lm`, without uncertainty, kept nowhere."""
     backbone = open_backbone(kind, config, home, lm)
     assert backbone is not None
-    return _fit(labels, backbone.read_cached(_pairs(labels), home), backbone, config, members=0)
+    return _fit(labels, _read(labels, backbone, config, home), backbone, config, members=0)
 
 
 def preview(model: RewardModel, labels: Sequence[Label], n: int, seed: int = 0) -> list[dict]:
@@ -310,7 +312,8 @@ def describe(model: RewardModel) -> dict:
                 "range": ranges[name],
                 "label_mean": mean[index],
                 "label_scale": scale[index],
-                "penalty": model.card.penalties[name],
+                **({"penalty": model.card.penalties[name]} if model.card.penalties else {}),
+                **({"epochs": model.card.epochs[name]} if model.card.epochs else {}),
             }
             for index, name in enumerate(model.card.outputs)
         ],
@@ -323,7 +326,16 @@ def describe(model: RewardModel) -> dict:
             "layers": list(model.card.layers),
             "poolings": list(model.card.poolings),
         },
+        "head": _head_of(model.card),
     }
+
+
+def _head_of(card: Card) -> str:
+    """In words."""
+    if card.attention_layer is None:
+        return "ridge"
+    tuned = f", with LoRA of rank {card.lora_rank} below it" if card.lora_rank else ""
+    return f"attention on block {card.attention_layer}{tuned}"
 
 
 def _refuse_constants(labels: Sequence[Label], names: Sequence[str]) -> None:
@@ -371,6 +383,72 @@ def _fit_head(
     )
 
 
+def _read(
+    labels: Sequence[Label],
+    backbone: Backbone | None,
+    config: Config,
+    home: Path,
+    progress: Progress | None = None,
+) -> np.ndarray | None:
+    """Features of rows, and for an attention head the states of their tokens, which the backbone keeps in memory."""
+    if backbone is None:
+        return None
+    features = backbone.read_cached(_pairs(labels), home, progress)
+    if config.reward.head == "attention":
+        backbone.states(_pairs(labels), _attention_layer(backbone, config), progress)
+    return features
+
+
+def _attention_layer(backbone: Backbone, config: Config) -> int:
+    return layer_numbers([config.reward.attention_layer], backbone.reader.num_layers)[0]
+
+
+def _columns(
+    head: RidgeHead | AttentionHead,
+    reads: Backbone | NgramFeatures,
+    labels: Sequence[Label],
+    features: np.ndarray | None,
+) -> np.ndarray:
+    """What a head reads of rows whose features `[N, F]` are known; n-grams, which are not kept, are counted."""
+    if features is None or isinstance(reads, NgramFeatures):
+        return reads.read(_pairs(labels))[0]
+    if isinstance(head, RidgeHead):
+        return features
+    return np.concatenate([features, head.attend_all(reads.states(_pairs(labels), head.layer))], axis=1)
+
+
+def _fit_read(
+    labels: Sequence[Label],
+    values: np.ndarray,
+    features: np.ndarray,
+    backbone: Backbone,
+    config: Config,
+    *,
+    members: int,
+) -> tuple[heads.Fitted | attention.Fitted, Backbone]:
+    """The head that the configuration asks for, on what a backbone reads of rows; and the backbone as it reads it."""
+    groups, reward, backbone = [row.prompt_id for row in labels], config.reward, backbone.plain
+    if reward.head == "attention":
+        layer, pairs = _attention_layer(backbone, config), _pairs(labels)
+        settings: dict = {"layer": layer, "folds": reward.folds, "members": members, "seed": reward.seed}
+        if reward.lora_rank:
+            looking, parts = tuning.fit(backbone, pairs, values, groups, rank=reward.lora_rank, **settings)
+            return looking, backbone.looked_at_by(looking.head, parts)
+        looking = attention.fit(backbone.states(pairs, layer), features, values, groups, **settings)
+        return looking, backbone.looked_at_by(looking.head)
+    fitted = _fit_head(
+        features,
+        values,
+        groups,
+        config,
+        members=members,
+        standardise=True,
+        edited=edits(labels, same_rater=True),
+        owner=backbone.owner(features.shape[1]),
+    )
+    return fitted, backbone
+
+
 def _fit(
     labels: Sequence[Label], features: np.ndarray | None, backbone: Backbone | None, config: Config, *, members: int
 ) -> RewardModel:
@@ -379,45 +457,44 @@ def _fit(
     groups = [row.prompt_id for row in labels]
     outputs = (*manifold.names, *EXTRA, *emotions)
     card: dict = {"manifold": config.manifold.in_use, "outputs": outputs}
-    distribution = None
+    distribution, parts = None, None
+    fitted: heads.Fitted | attention.Fitted
+    made: Backbone | NgramFeatures
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
-        read = ngram.read(_pairs(labels))[0]
-        fitted = _fit_head(read, values, groups, config, members=members, standardise=False)
+        fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members, standardise=False)
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
-        made: Backbone | NgramFeatures = ngram
+        made = ngram
     else:
         choice = _chosen(labels, values, features, backbone, config)
         if choice is not None:
             features = reading.part(features, backbone, choice)
-            backbone = Backbone(backbone.reader, *choice)
-        read = features
-        fitted = _fit_head(
-            read,
-            values,
-            groups,
-            config,
-            members=members,
-            standardise=True,
-            edited=edits(labels, same_rater=True),
-            owner=backbone.owner(features.shape[1]),
-        )
-        spec, reader = backbone.spec, backbone.reader
+            backbone = Backbone(backbone.untuned, *choice)
+        fitted, made = _fit_read(labels, values, features, backbone, config, members=members)
+        spec, reader, parts = made.plain.spec, made.untuned, made.reader.tuning
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions}
-        made = backbone
+        if parts is not None:  # beside them the backbone makes other features
+            features = made.read(_pairs(labels))[0][:, : features.shape[1]]
         if members:  # who says how unsure it is also says what it does not know
             z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
             distribution = distributions.fit(z, groups, folds=config.reward.folds, seed=config.reward.seed)
     made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config, manifold)
-    penalties = dict(zip(outputs, fitted.penalties, strict=True))
+    if isinstance(fitted, heads.Fitted):
+        card["penalties"] = dict(zip(outputs, fitted.penalties, strict=True))
+    else:
+        card |= {"attention_layer": fitted.head.layer, "lora_rank": config.reward.lora_rank}
+        card["epochs"] = dict(zip(outputs, fitted.epochs, strict=True))
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
-    card |= {"penalties": penalties, "width": width, "scalar": made_of}
+    card |= {"width": width, "scalar": made_of}
     quantiles = None
     if members and config.reward.quantiles:
+        read = _columns(fitted.head, made, labels, features)
         quantiles = _scatter(fitted, read, values, overall(labels, manifold), manifold)
-    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution, quantiles=quantiles)
+    return RewardModel(
+        Card(**card), fitted.head, made, gate=gate, distribution=distribution, quantiles=quantiles, tuning=parts
+    )
 
 
 def _chosen(
@@ -449,7 +526,11 @@ def _as_read(features: np.ndarray, backbone: Backbone | None, model: RewardModel
 
 
 def _scatter(
-    fitted: heads.Fitted, features: np.ndarray, values: np.ndarray, scalar: np.ndarray, manifold: Manifold
+    fitted: heads.Fitted | attention.Fitted,
+    features: np.ndarray,
+    values: np.ndarray,
+    scalar: np.ndarray,
+    manifold: Manifold,
 ) -> scatter.QuantileHead:
     """How far labels `[N, O]` and `[N]` scatter about what is said of rows `[N, F]` whose fold was left out."""
     unknown = np.isnan(fitted.left_out)
@@ -522,8 +603,8 @@ def _account(
     promised, scalar = np.zeros((len(LEVELS), *values.shape)), overall(labels, manifold)
     quantiles = np.zeros((len(labels), len(manifold.names) + 1, len(scatter.LEVELS)))
     choices: Counter[reading.Choice] = Counter()
-    owner = None if backbone is None or features is None else backbone.owner(features.shape[1])
     number_of_folds = int(fold.max()) + 1
+    fitted: heads.Fitted | attention.Fitted
     for number in range(number_of_folds):
         inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
         pairs = _pairs(labels)
@@ -531,30 +612,23 @@ def _account(
         counted, _ = ngram.read(pairs)
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
-        read = counted
-        if features is not None:
-            learnt_from = [labels[index] for index in inside.tolist()]
-            known, read = edits(learnt_from, same_rater=True), features
-            choice = _chosen(learnt_from, values[inside], features[inside], backbone, config)
-            if choice is not None and backbone is not None:
-                read = reading.part(features, backbone, choice)
+        learnt_from = counted[inside]
+        if features is not None and backbone is not None:
+            ours, theirs = ([labels[index] for index in rows.tolist()] for rows in (inside, outside))
+            choice, own, read = _chosen(ours, values[inside], features[inside], backbone, config), backbone, features
+            if choice is not None:
+                own, read = Backbone(backbone.untuned, *choice), reading.part(features, backbone, choice)
                 choices[choice] += 1
-            fitted = _fit_head(
-                read[inside],
-                values[inside],
-                groups[inside],
-                config,
-                members=0,
-                standardise=True,
-                edited=known,
-                owner=owner,
-            )
-            predicted[outside] = np.array(fitted.head(mx.array(read[outside]))[0])
+            fitted, reads = _fit_read(ours, values[inside], read[inside], own, config, members=0)
+            columns = _columns(fitted.head, reads, theirs, read[outside])
+            predicted[outside] = np.array(fitted.head(mx.array(columns))[0])
+            if config.reward.quantiles:
+                learnt_from = _columns(fitted.head, reads, ours, read[inside])
         else:
             predicted[outside] = baseline[outside]
         promised[:, outside] = widths(fitted.left_out)[:, None]
         if config.reward.quantiles:
-            told = _scatter(fitted, read[inside], values[inside], scalar[inside], manifold)
+            told = _scatter(fitted, learnt_from, values[inside], scalar[inside], manifold)
             quantiles[outside] = np.array(told(mx.array(predicted[outside])))
         if progress:
             progress({"stage": "folds", "done": number + 1, "total": number_of_folds})

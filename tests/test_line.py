@@ -63,8 +63,8 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def share(share_of_starter) -> Path:
-    """A share of the corpus: forty prompts to learn from, eight to watch, two dozen to be examined with."""
-    return share_of_starter(train=40, valid=8, test=24, memory=1000, recall=1000, fixtures=1000)
+    """A share of the corpus: two dozen prompts to learn from, six to watch, two dozen to be examined with."""
+    return share_of_starter(train=24, valid=6, test=24, memory=24, recall=16, fixtures=8)
 
 
 def altered(share: Path, folder: Path) -> None:

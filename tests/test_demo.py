@@ -10,6 +10,7 @@ from hominem_mlx.cli import demo
 from hominem_mlx.evaluation.goals import goals
 from hominem_mlx.storage.registry import Registry
 
+pytestmark = pytest.mark.timeout(1800)  # without OpenBLAS, beside other tests
 KEYS = {
     "reward_model": "backbone pair_accuracy baseline_pair_accuracy pearson_mean residual_pearson_mean "
     "baseline_residual_pearson_mean",
@@ -27,7 +28,7 @@ MISSED = {"A1", "A1_slow", "A2", "A3"}
 @pytest.fixture(scope="module")
 def found(demo_process) -> dict:
     """What one whole demo, with the bundled student, writes as JSON; its output under "output"."""
-    code = demo_process.wait(timeout=1200)
+    code = demo_process.wait(timeout=1700)
     output = demo_process.output.read_text()
     assert code in (0, 1), output
     return {**json.loads((demo_process.home / "demo.json").read_text()), "output": output, "code": code}

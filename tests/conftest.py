@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads wait by spinning, which costs all that runs beside
 for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "HOMINEM_INFERENCE_KEY"):
     os.environ.pop(name, None)
 
@@ -28,6 +29,7 @@ from hominem_mlx.storage.registry import Registry  # noqa: E402
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+LONGEST = ["test_demo", "test_rl_figure", "test_kill", "test_parallel"]
 TEXT = [
     "What is my sister called? Your sister is called Nora.",
     "I feel tired today. That sounds heavy; what would help you most right now?",
@@ -52,18 +54,38 @@ class Demo(subprocess.Popen):
             super().__init__([*command, "--json", json_file], stdout=output, stderr=output, stdin=subprocess.DEVNULL)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def demo_process(request, tmp_path_factory):
-    """A demo that begins with the first test, where a later one asks for what it finds; None elsewhere.
-
-    It takes minutes and seldom all cores. How long it takes beside other tests says nothing.
-    """
-    if not any("found" in item.fixturenames for item in request.session.items):
-        yield None
-        return
+@pytest.fixture(scope="session")
+def demo_process(tmp_path_factory):
+    """A whole demo. It takes minutes and seldom all cores; how long it takes beside other tests says nothing."""
     with Demo(tmp_path_factory.mktemp("demo")) as process:
         yield process
         process.kill()
+
+
+def is_alone(config) -> bool:
+    """Whether this process runs all tests, not one of several at the same time."""
+    return not hasattr(config, "workerinput")
+
+
+def asks_for_the_demo(item) -> bool:
+    return "demo_process" in item.fixturenames
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_beside_the_others(request):
+    """Where one process runs all tests, the demo begins with the first if a later one asks what it finds."""
+    if is_alone(request.config) and any(map(asks_for_the_demo, request.session.items)):
+        request.getfixturevalue("demo_process")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Alone: what waits for the demo comes last. Of several processes one waits, from the first moment on, and the
+    longest files come next, so that none of them is what all others wait for in the end.
+    """
+    if is_alone(config):
+        items.sort(key=asks_for_the_demo)
+    else:
+        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

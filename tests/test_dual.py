@@ -301,7 +301,7 @@ def test_an_anchor_keeps_memories_from_moving_other_replies(registry, dataset, t
     rows = LogProbs(lm).collate([Row(lm.prompt_tokens(p.prompt), lm.response_tokens(p.chosen)) for p in PAIRS])
     base = np.array(LogProbs(lm).hidden(rows))
     for weight in (0, 50):
-        values = ["dual.epochs=12", "dual.preference_targets=head", f"dual.anchor_weight={weight}"]
+        values = ["dual.epochs=6", "dual.preference_targets=head", f"dual.anchor_weight={weight}"]
         artifact = train(registry, dataset(), lm, *values)
         adapted = backbone.load(str(lm.folder), adapter=artifact.folder)
         moved[weight] = np.square(np.array(LogProbs(adapted).hidden(rows)) - base).mean()

@@ -336,11 +336,16 @@ def test_the_estimate_is_enough_and_not_far_too_much(student, tmp_path, tokens, 
     logprobs, row = LogProbs(student), Row([5] * (tokens // 2), [7] * (tokens // 2))
     rows = logprobs.collate([row])
     channel = loop.Channel("memory", 1.0, lambda step: rows, lambda batch: (-logprobs(batch).mean(), {}))
-    gc.collect()  # what other tests left would be let go of meanwhile and counted as ours
-    mx.reset_peak_memory()
-    before = mx.get_active_memory() - footprint.FLOAT * footprint.num_weights(student)
-    loop.train(student.model, [channel], loop.Plan(steps=2, learning_rate=1e-9, accumulate=accumulate), tmp_path)
-    took = mx.get_peak_memory() - before
+
+    def peak(name):
+        gc.collect()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory() - footprint.FLOAT * footprint.num_weights(student)
+        plan = loop.Plan(steps=2, learning_rate=1e-9, accumulate=accumulate)
+        loop.train(student.model, [channel], plan, tmp_path / name)
+        return mx.get_peak_memory() - before
+
+    took = max(peak("a"), peak("b"))  # what another test left and lets go of late is missing in the first
     assert took <= footprint.need(student, [row], batch=1).total <= 1.5 * took
 
 

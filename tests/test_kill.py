@@ -26,7 +26,7 @@ from hominem_mlx.files import sha256_bytes
 from hominem_mlx.records import Label, Trajectory
 from hominem_mlx.storage.registry import KINDS, Registry
 
-KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 2, "full": 2, "gc": 9, "demo": 7}
+KILLS = {"rate": 9, "reward": 8, "dual": 9, "rl": 2, "full": 2, "gc": 9, "demo": 5}
 PAUSE_SECONDS = 0.03  # of the teacher before each answer
 REWARD = ("reward.backbone=lm", "reward.folds=2", "reward.members=2")
 PAIRS = ("pairs.max_per_prompt=2", "pairs.on_policy=1", "pairs.on_policy_max_tokens=4")

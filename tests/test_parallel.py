@@ -44,7 +44,7 @@ JOBS = {
     "straight": (*SETTINGS, "dual.epochs=4", "dual.eval_every=6", "dual.save_every=2"),
 }
 LESS_MEMORY = 0.6  # of what one process takes: then rank 0 has to compute otherwise than rank 1
-SECONDS = 100  # after which a process that should have ended is ended by the test
+SECONDS = 300  # after which a process that should have ended is ended by the test
 REPLIES = ["kind and rather long.", "short", "a rude answer!", "so so"]
 CHILD = """
 import json, sys

@@ -46,7 +46,7 @@ class LovesLength:
 
 
 def test_reinforcement_pleases_a_judge_of_other_rows_and_features(registry, home, student):
-    config = load_config(overrides=[*REWARD, *RL, "rl.eval_every=6"])
+    config = load_config(overrides=[*REWARD, *RL, "rl.eval_every=12"])
     dataset.import_starter(home)
     parts = dataset.split(registry, home, config)
     model = reward.train(registry, parts["labels"], config, lm=student)

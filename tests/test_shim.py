@@ -321,7 +321,11 @@ def test_test_command_runs_every_check_and_passes_its_arguments_to_pytest(made):
     assert [check.split()[0] for check in checks] == ["lint-imports", "ruff", "ruff", "mypy", "pytest"]
     assert checks[-1] == "pytest -k a or b"
     assert made.run("test")[0] == 0
-    assert not any("pip" in call for call in made.calls())
+    *checks, tests = made.calls()
+    assert not any("pip" in call for call in checks)
+    assert tests == "pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder", (
+        "all of them: on all cores"
+    )
 
 
 def test_test_command_stops_at_the_first_failing_check_with_its_exit_code(made):

@@ -45,8 +45,9 @@ def intensity_of(label: Label, siblings: Sequence[Label]) -> float:
     if label.reward.reward_intensity is not None:
         return label.reward.reward_intensity
     spreads = [0.0]
-    for place, value in enumerate(label.reward.vector()):
-        others = [v for row in siblings if (v := row.reward.vector()[place]) is not None]
+    every = zip(*(row.reward.vector() for row in siblings), strict=True)
+    for value, column in zip(label.reward.vector(), every, strict=False):  # without siblings there is no column
+        others = [v for v in column if v is not None]
         if value is not None and others:
             spreads.append(abs(value - sum(others) / len(others)))
     return min(1.0, abs(label.reward.overall() or 0.0) / 2 + max(spreads) / 2)

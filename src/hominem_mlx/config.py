@@ -185,6 +185,16 @@ class PairConfig(Section):
     """Seed of the cap and of sampling."""
 
 
+READ: dict[str, dict[str, Any]] = {  # by kind of backbone; `docs/ARCHITECTURE.md` says how they were chosen
+    "encoder": {
+        "layers": (0.0, 0.17, 0.33, 0.5, 0.67),
+        "poolings": ("mean", "std", "gap", "near"),
+        "words": 0.5,
+    },
+    "lm": {"layers": (0.0, 0.33, 0.67), "poolings": ("mean", "max", "std", "gap"), "words": 0.0},
+}
+
+
 class RewardConfig(Section):
     """The reward model."""
 
@@ -192,17 +202,17 @@ class RewardConfig(Section):
     """`encoder` (of sentences), `lm` (the student's states), `ngram` (baseline), `auto`: encoder when present."""
     model: str | None = None
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
-    layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
-    """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
-    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = (
-        "mean",
-        "max",
-        "std",
-        "gap",
-    )
-    """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature, `near`
+    layers: tuple[Share, ...] = ()
+    """Depths (share of all layers, 0 the embeddings) whose hidden states are read; none: what was best of those that
+    were measured, 0, 0.17, 0.33, 0.5 and 0.67 of the encoder, 0, 0.33 and 0.67 of the student."""
+    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = ()
+    """How response tokens become one vector; none: `mean`, `std`, `gap` and `near` with the encoder, `mean`, `max`,
+    `std` and `gap` with the student. `gap` is the distance of their mean from the prompt's, by feature, `near`
     the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean. `judge` (`lm` only) asks
     the model each dimension's question after the reply and takes the state with which it would begin to answer."""
+    words: NonNegative | None = None
+    """What counts of words and of two in a row weigh in the ridge beside the backbone's states, which weigh 1; 0 leaves
+    them out. Not set: 0.5 with the encoder, 0 with the student. `ngram` counts in any case."""
     penalties: tuple[Positive, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """Ridge penalties to choose from, per dimension, by folds grouped by prompt; a feature row has squared length 1."""
     edit_weight: NonNegative = 3.0
@@ -220,6 +230,13 @@ class RewardConfig(Section):
     pairs and comparisons; acceptance, attribution and reinforcement go by the plain weighted mean."""
     seed: int = 0
     """Seed of folds and bootstrap."""
+
+    def reading(self, kind: str) -> "RewardConfig":
+        """The same with all that was left to the backbone filled in for one of this kind; n-grams have none."""
+        if kind == "ngram":
+            return self
+        given = {name: value for name in READ[kind] if (value := getattr(self, name)) not in ((), None)}
+        return self.model_copy(update=READ[kind] | given)
 
 
 class AdapterConfig(Section):

@@ -28,7 +28,7 @@ from hominem_mlx.reward.examine import (
 )
 from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA
-from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
+from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, beside, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.own import learnable, not_learnt_yet, of_the_seven, own_lines
 from hominem_mlx.reward.scalar import (
@@ -40,6 +40,7 @@ from hominem_mlx.reward.scalar import (
     ordered_pairs,
     pair_temperature,
 )
+from hominem_mlx.reward.words import WordCounts
 from hominem_mlx.schema import COMMON, MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
 
@@ -72,7 +73,7 @@ def train(
     valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True, context=known)
     _refuse_constants(rows, learnable(rows, config.manifold.in_use))
     kind, why = choose_backbone(config, registry.home)
-    settings = config.reward.model_dump(mode="json") | {"backbone": kind}
+    settings = config.reward.reading(kind).model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
     features = None if backbone is None else backbone.read_cached(_pairs([*rows, *valid]), registry.home, progress)
     metrics = _account([*rows, *valid], features, backbone, config, progress, learnt=rows)
@@ -83,7 +84,7 @@ def train(
     model = _fit(rows, ours, backbone, config, members=config.reward.members)
     if valid:
         theirs = model.features.read(_pairs(valid))[0] if features is None else features[len(rows) :]
-        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, theirs)
+        metrics["valid_pair_accuracy"] = _pair_accuracy(model, valid, model.beside(theirs, _pairs(valid)))
     if progress:
         progress({"stage": "head", "done": 1, "total": 1})
 
@@ -155,11 +156,9 @@ def left_out(
         except InputError:  # an output is labelled in this part only, so that nothing can be said of it
             found[outside] = np.nan
             continue
-        if features is None:
-            theirs = model.features.read(_pairs([labels[index] for index in outside]))[0]
-        else:
-            theirs = features[outside]
-        found[outside] = model.predict(theirs)[0]
+        pairs = _pairs([labels[index] for index in outside])
+        theirs = model.features.read(pairs)[0] if features is None else features[outside]
+        found[outside] = model.predict(model.beside(theirs, pairs))[0]
         if progress:
             progress({"stage": stage, "done": done, "total": len(names)})
     return found
@@ -231,7 +230,8 @@ def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | Non
         return None
     reader = open_reader(kind, config.reward.model, home=home, lm=lm, base=config.student.base)
     questions = [dimension.question for dimension in MANIFOLD.dimensions]
-    return Backbone(reader, layer_numbers(config.reward.layers, reader.num_layers), config.reward.poolings, questions)
+    reads = config.reward.reading(reader.kind)
+    return Backbone(reader, layer_numbers(reads.layers, reader.num_layers), reads.poolings, questions)
 
 
 def targets(labels: Sequence[Label], manifold: Manifold = MANIFOLD) -> np.ndarray:
@@ -312,6 +312,7 @@ def describe(model: RewardModel) -> dict:
             "layers": list(model.card.layers),
             "poolings": list(model.card.poolings),
         },
+        "words": model.card.words,
     }
 
 
@@ -341,9 +342,13 @@ def _fit_head(
     members: int,
     standardise: bool,
     edited: Sequence[Edit] = (),
-    owner: np.ndarray | None = None,
+    backbone: Backbone | None = None,
+    counts: int = 0,
 ) -> heads.Fitted:
-    reward = config.reward
+    """The last `counts` features are those of words; the others are the backbone's, or n-grams without one."""
+    reward, owner = config.reward, None
+    if backbone is not None and (asked := backbone.owner(features.shape[1] - counts)) is not None:
+        owner = np.concatenate([asked, np.full(counts, -1)])
     return heads.fit(
         features,
         labels,
@@ -357,7 +362,15 @@ def _fit_head(
         edit_weight=reward.edit_weight,
         shares=[dimension.weight for dimension in MANIFOLD.dimensions],
         owner=owner,
+        counts=counts,
     )
+
+
+def _words(labels: Sequence[Label], backbone: Backbone, config: Config) -> WordCounts | None:
+    """What is counted beside the backbone's states, learnt from these rows."""
+    strength = config.reward.reading(backbone.reader.kind).words
+    words = WordCounts.fit(_pairs(labels), [row.prompt_id for row in labels], strength) if strength else None
+    return words if words is not None and words.vocabulary else None
 
 
 def _fit(
@@ -368,36 +381,40 @@ def _fit(
     groups = [row.prompt_id for row in labels]
     outputs = (*manifold.names, *EXTRA)
     card: dict = {"manifold": config.manifold.in_use, "outputs": outputs}
-    distribution = None
+    distribution, words = None, None
     if backbone is None or features is None:
         ngram = NgramFeatures.fit(_pairs(labels))
         fitted = _fit_head(ngram.read(_pairs(labels))[0], values, groups, config, members=members, standardise=False)
         card |= {"backbone": "ngram", "backbone_name": ngram.name}
         made: Backbone | NgramFeatures = ngram
     else:
+        words = _words(labels, backbone, config)
+        read = beside(features, words, _pairs(labels))
+        size, counts = features.shape[1], read.shape[1] - features.shape[1]
         fitted = _fit_head(
-            features,
+            read,
             values,
             groups,
             config,
             members=members,
             standardise=True,
             edited=edits(labels, same_rater=True),
-            owner=backbone.owner(features.shape[1]),
+            backbone=backbone,
+            counts=counts,
         )
         spec, reader = backbone.spec, backbone.reader
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
-        card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions}
+        card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions, "words": counts}
         made = backbone
         if members:  # who says how unsure it is also says what it does not know
-            z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
+            z = (features - np.array(fitted.head.feature_mean)[:size]) / np.array(fitted.head.feature_scale)[:size]
             distribution = distributions.fit(z, groups, folds=config.reward.folds, seed=config.reward.seed)
     made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config, manifold)
     penalties = dict(zip(outputs, fitted.penalties, strict=True))
     promised = zip(outputs, widths(fitted.left_out, [WIDTH])[0].tolist(), strict=True)
     width = {name: value for name, value in promised if np.isfinite(value)}  # of few labels nothing can be promised
     card |= {"penalties": penalties, "width": width, "scalar": made_of}
-    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution)
+    return RewardModel(Card(**card), fitted.head, made, gate=gate, distribution=distribution, words=words)
 
 
 def _scalar(
@@ -458,7 +475,6 @@ def _account(
     fold = heads.grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
     predicted, baseline = np.zeros_like(values), np.zeros_like(values)
     promised = np.zeros((len(LEVELS), *values.shape))
-    owner = None if backbone is None or features is None else backbone.owner(features.shape[1])
     number_of_folds = int(fold.max()) + 1
     for number in range(number_of_folds):
         inside, outside = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
@@ -467,19 +483,21 @@ def _account(
         counted, _ = ngram.read(pairs)
         fitted = _fit_head(counted[inside], values[inside], groups[inside], config, members=0, standardise=False)
         baseline[outside] = np.array(fitted.head(mx.array(counted[outside]))[0])
-        if features is not None:
-            known = edits([labels[index] for index in inside.tolist()], same_rater=True)
+        if features is not None and backbone is not None:
+            learnt_from = [labels[index] for index in inside.tolist()]
+            read = beside(features, _words(learnt_from, backbone, config), pairs)
             fitted = _fit_head(
-                features[inside],
+                read[inside],
                 values[inside],
                 groups[inside],
                 config,
                 members=0,
                 standardise=True,
-                edited=known,
-                owner=owner,
+                edited=edits(learnt_from, same_rater=True),
+                backbone=backbone,
+                counts=read.shape[1] - features.shape[1],
             )
-            predicted[outside] = np.array(fitted.head(mx.array(features[outside]))[0])
+            predicted[outside] = np.array(fitted.head(mx.array(read[outside]))[0])
         else:
             predicted[outside] = baseline[outside]
         promised[:, outside] = widths(fitted.left_out)[:, None]

@@ -172,7 +172,9 @@ def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
 def fit_audit(
     labels: Sequence[Label], config: Config, *, home: Path | None = None, lm: LanguageModel | None = None
 ) -> RewardModel:
-    """A second judge that shares neither training rows nor features with the reward model of this configuration.
+    """A second judge that shares no training rows with the reward model of this configuration, nor what it reads.
+
+    Except that n-grams count words, as the encoder's head may do beside its states. An audit of n-grams counts none.
 
     Args:
         labels: rows the reward model never saw: the held-out suite's.
@@ -182,7 +184,8 @@ def fit_audit(
     if config.reward.backbone != "ngram":
         return fit_baseline(labels, config)
     place = home or home_folder()
-    return fit_judge(labels, config, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
+    wordless = config.model_copy(update={"reward": config.reward.model_copy(update={"words": 0.0})})
+    return fit_judge(labels, wordless, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
 
 
 def fit_judge(

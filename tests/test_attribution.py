@@ -93,6 +93,15 @@ def test_what_words_add_is_the_whole_difference_from_a_reply_of_mean_tokens(tiny
     assert scalar.value == pytest.approx(MANIFOLD.scalar([unclipped[name] for name in MANIFOLD.names]), abs=1e-5)
 
 
+def test_near_has_no_jumps_on_the_way_and_is_itself_at_its_end(tiny):
+    model = model_of(tiny(), ("mean", "near"))
+    unclipped = model.score(PROMPT, REPLY).unclipped
+    for found in explain(model, PROMPT, REPLY, ["empathy", "curiosity"]):
+        assert found.is_complete and found.value == pytest.approx(unclipped[found.output], abs=1e-5)
+        gap = found.value - found.baseline
+        assert abs(sum(found.values) - gap) <= 0.05 * abs(gap) + 1e-3
+
+
 @pytest.mark.parametrize("reply", ["What, you? No; what.", "x", "no"])
 def test_counts_of_words_are_given_to_their_words_exactly(tiny, reply):
     model = worded_model(tiny())

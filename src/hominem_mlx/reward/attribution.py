@@ -31,7 +31,8 @@ class Attribution:
 
     `values` `[R]` add up to `value - baseline` where `is_complete`; both are unclipped, in the output's own unit.
     `baseline` is the output where each token of the reply is replaced by the mean of all, and no word of it counted.
-    Joined, `pieces` are what was read.
+    The pooling `near` still looks at the token of the prompt that it looks at in the reply itself: the way from one to
+    the other would have jumps otherwise, and those no gradient. Joined, `pieces` are what was read.
     """
 
     output: str
@@ -116,12 +117,13 @@ def explain(
     reply = mx.broadcast_to(_mean_vector(backbone), (last - first, x.shape[1]))
     baseline = mx.concatenate([x[:first], reply, x[last:]])
     pieces = tuple(backbone.reader.pieces(response, passage))
+    like = backbone.reader.hidden_states([passage], backbone.spec.layers)
     judge, by_words = model.judge_of((prompt, response)), _by_words(model, prompt, response, pieces)
     made = []
     for output, pick in zip(outputs, picks, strict=True):
 
         def f(points: mx.array, pick: mx.array = pick) -> mx.array:
-            return judge(backbone.features([passage] * len(points), points)) @ pick
+            return judge(backbone.features([passage] * len(points), points, like)) @ pick
 
         counted = by_words @ np.array(pick, np.float64)
         whole = float(counted.sum())

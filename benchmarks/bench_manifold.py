@@ -48,8 +48,8 @@ def from_account(account: dict[str, Any]) -> dict[str, Any]:
     edits, plain, size = account["contrasts"], account["baseline_contrasts"], len(calibrated["outputs"]) - 2
     ours, labels = account["participation_ratio"], account["label_participation_ratio"]
     start = (
-        f"{account['backbone']}, {rows} rows of {account['prompts']} prompts, out of fold (reward.edit_weight and the "
-        "poolings were chosen with these rows in view)"
+        f"{account['backbone']}, {rows} rows of {account['prompts']} prompts, out of fold (reward.edit_weight was "
+        "chosen with these rows in view, what is read of the encoder on half of the prompts)"
     )
     c2 = f"{start}; the lowered dimension falls and moves farthest; ngram {plain['share']:.2f}, chance .07"
     c4 = f"{start}; mean {residual['mean']:.3f}, ngram {residual['baseline_mean']:.3f}"

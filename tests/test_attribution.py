@@ -15,7 +15,7 @@ from hominem_mlx.reward.features import Backbone, LmReader
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import Card, RewardModel
 from hominem_mlx.schema import MANIFOLD
-from test_reward_model import ngram_model, random_head
+from test_reward_model import ngram_model, random_head, worded_model
 
 OUTPUTS = (*MANIFOLD.names, *EXTRA)
 POOLINGS = ("mean", "max", "std", "last", "gap")
@@ -91,6 +91,51 @@ def test_what_words_add_is_the_whole_difference_from_a_reply_of_mean_tokens(tiny
     first, scalar = explain(model, PROMPT, reply, ["empathy", "scalar"], most=32)
     assert first.value == pytest.approx(unclipped["empathy"], abs=1e-5)
     assert scalar.value == pytest.approx(MANIFOLD.scalar([unclipped[name] for name in MANIFOLD.names]), abs=1e-5)
+
+
+def test_near_has_no_jumps_on_the_way_and_is_itself_at_its_end(tiny):
+    model = model_of(tiny(), ("mean", "near"))
+    unclipped = model.score(PROMPT, REPLY).unclipped
+    for found in explain(model, PROMPT, REPLY, ["empathy", "curiosity"]):
+        assert found.is_complete and found.value == pytest.approx(unclipped[found.output], abs=1e-5)
+        gap = found.value - found.baseline
+        assert abs(sum(found.values) - gap) <= 0.05 * abs(gap) + 1e-3
+
+
+@pytest.mark.parametrize("reply", ["What, you? No; what.", "x", "no"])
+def test_counts_of_words_are_given_to_their_words_exactly(tiny, reply):
+    model = worded_model(tiny())
+    without = model.beside(model.features.read([(PROMPT, reply)])[0], [(PROMPT, "")])
+    unclipped = dict(zip(OUTPUTS, model.predict(without)[0][0].tolist(), strict=True))
+    whole = model.score(PROMPT, reply).unclipped
+    (found,) = explain(model, PROMPT, reply, ["empathy"])
+    assert found.is_complete and found.value == pytest.approx(whole["empathy"], abs=1e-5)
+    gap = found.value - found.baseline
+    assert abs(sum(found.values) - gap) <= 0.05 * abs(gap) + 1e-3
+    where = places(model, PROMPT, reply, OUTPUTS)
+    for output in OUTPUTS:
+        told = where[output]
+        assert sum(told["values"]) + told["elsewhere"] + told["start"] == pytest.approx(whole[output], abs=2e-5)
+    model.words.weights[:] = 0.0  # what is left is what states say
+    (states,) = explain(model, PROMPT, reply, ["empathy"])
+    added = whole["empathy"] - unclipped["empathy"]
+    assert sum(found.values) - sum(states.values) == pytest.approx(added, abs=1e-4)
+    assert (added == 0.0) == (reply == "x")
+    assert states.baseline == pytest.approx(found.baseline, abs=1e-4)
+
+
+def test_what_is_added_exactly_counts_in_how_far_the_rest_may_be_off():
+    w = mx.array([[1.0], [1.0]])
+
+    def bent(points):
+        return mx.square(points[:, :, 0] @ w[:, 0])
+
+    x, base = mx.array([[2.0], [1.0]]), mx.zeros((2, 1))
+    options = {"steps": 1, "most": 64}
+    *_, alone, _ = integrated_gradients(lambda p: bent(p) * p[:, 0, 0], x, base, **options)
+    *_, beside, _ = integrated_gradients(lambda p: bent(p) * p[:, 0, 0], x, base, beside=-18.0, **options)
+    *_, helped, _ = integrated_gradients(lambda p: bent(p) * p[:, 0, 0], x, base, beside=1000.0, **options)
+    assert helped < alone < beside  # a cube: more points where the whole difference is nothing
 
 
 def test_given_vectors_are_read_in_place_of_the_tokens_own_and_the_model_is_as_before(tiny):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hominem_mlx.config import Config, load_config
+from hominem_mlx.config import Config, RewardConfig, load_config
 from hominem_mlx.errors import ConfigError
 
 
@@ -99,3 +99,11 @@ def test_a_bare_word_is_a_string_and_every_field_has_a_docstring():
     for name, table in Config.model_fields.items():
         for key, field in table.annotation.model_fields.items():
             assert field.description, f"{name}.{key} does not say what it means"
+
+
+def test_what_is_left_to_the_backbone_is_filled_in_and_what_is_given_stays():
+    given = RewardConfig.model_validate({"layers": (0.5,), "words": 0.0})
+    encoder, student = given.reading("encoder"), RewardConfig().reading("lm")
+    assert (encoder.layers, encoder.words, encoder.poolings) == ((0.5,), 0.0, ("mean", "std", "gap", "near"))
+    assert (student.layers, student.words, student.poolings) == ((0.0, 0.33, 0.67), 0.0, ("mean", "max", "std", "gap"))
+    assert given.reading("ngram") == given

@@ -48,6 +48,14 @@ def test_pooling_never_looks_at_padding_and_bears_a_prompt_of_nothing():
     assert pool(hidden, mx.array([[0, 0]]), mx.array([[1, 2]]), ("gap", "near", "prompt")).tolist() == [[5.0, 5.0, 0.0]]
 
 
+def test_other_states_can_say_which_token_is_nearest():
+    hidden = mx.array([[[1.0, 0.0], [0.0, 1.0], [3.0, 1.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 3.0]]])
+    spans = mx.array([[0, 2]] * 2), mx.array([[2, 3]] * 2)
+    assert pool(hidden, *spans, ("near",)).tolist() == [[2.0, 1.0], [1.0, 2.0]]
+    assert pool(hidden, *spans, ("near",), hidden[:1]).tolist() == [[2.0, 1.0], [0.0, 3.0]]
+    assert pool(hidden, *spans, ("near",), hidden[::-1]).tolist() == [[3.0, 0.0], [0.0, 3.0]]
+
+
 def test_a_reply_that_repeats_its_prompt_is_near_in_any_order():
     words = mx.random.normal((4, 6), key=mx.random.key(0))
     hidden = mx.concatenate([words, words[::-1], 100 * mx.ones((2, 6))])[None]

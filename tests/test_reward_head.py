@@ -175,6 +175,21 @@ def test_standardised_rows_have_mean_squared_length_one():
     assert np.square(z).sum(axis=1).mean() == pytest.approx(1.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("rows", [30, 90])
+def test_counts_stay_as_they_are_beside_standardised_features(rows):
+    x, y, groups = problem(rows, 60)
+    counts = (np.random.default_rng(1).random((rows, 7)) < 0.2) * 0.5
+    both = np.concatenate([x, counts], axis=1).astype(np.float32)
+    head = fit(both, y, groups, penalties=(0.7,), folds=3, members=0, seed=0, counts=7).head
+    z = (x - x.mean(0)) / (x.std(0) * np.sqrt(60))
+    expected, intercept = ridge_by_hand(np.concatenate([z, counts], axis=1), (y - y.mean(0)) / y.std(0), 0.7)
+    np.testing.assert_allclose(head.weight, expected, atol=1e-4)
+    np.testing.assert_allclose(head.bias, intercept, atol=1e-4)
+    said, _ = head(mx.array(both))
+    by_hand = (np.concatenate([z, counts], axis=1) @ expected + intercept) * y.std(0) + y.mean(0)
+    np.testing.assert_allclose(said, by_hand, atol=1e-4)
+
+
 def test_features_and_labels_that_never_move_do_no_harm():
     x, y, groups = problem(21, 6)
     x[:, 2] = 4.0

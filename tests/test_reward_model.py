@@ -16,6 +16,7 @@ from hominem_mlx.reward.head import EXTRA, RidgeHead
 from hominem_mlx.reward.model import Card, RewardModel, score
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.scalar import Gate, ScalarCard
+from hominem_mlx.reward.words import WordCounts
 from hominem_mlx.schema import ADVERSARIAL, MANIFOLD, STRANGE, Manifold, RewardOutput, Scorer
 
 OUTPUTS = (*MANIFOLD.names, *EXTRA)
@@ -50,6 +51,15 @@ def lm_model(lm, **changes) -> RewardModel:
         penalties=dict.fromkeys(OUTPUTS, 1.0),
     )
     return RewardModel(card, random_head(2 * 2 * 32, **changes), Backbone(reader, (0, 2), ("mean", "gap")))
+
+
+def worded_model(lm) -> RewardModel:
+    """The same with counts of words beside the states."""
+    plain, words = lm_model(lm), WordCounts.fit(PAIRS + [("again", "what, no; you!")], list("abcde"), 0.5)
+    card = plain.card.model_copy(update={"words": len(words.vocabulary)})
+    head = random_head(2 * 2 * 32 + card.words)
+    head.feature_mean[-card.words :] = 0.0  # counts are not standardised
+    return RewardModel(card, head, plain.features, words=words)
 
 
 def ngram_model() -> RewardModel:
@@ -91,6 +101,30 @@ def test_scores_are_those_of_the_head_on_the_features(tiny):
         assert output.uncertainty["scalar"] == pytest.approx(members[:, row, :7].mean(1).std(), abs=1e-5)
 
 
+def test_with_words_scores_are_those_of_the_head_on_both(tiny):
+    model = worded_model(tiny())
+    features, _ = model.features.read(PAIRS)
+    counts = model.words.read(PAIRS)
+    assert model.card.words == counts.shape[1] == 6  # what, no, you, and three signs
+    expected, _ = model.predict(np.concatenate([features, counts], axis=1))
+    held = model.judge_of(PAIRS[1])(mx.array(features))
+    for row, output in enumerate(model.score_many(PAIRS)):
+        assert list(output.unclipped.values()) == pytest.approx(expected[row].tolist(), abs=1e-5)
+        off = (counts[1] - counts[row]) @ np.array(model.head.weight)[-6:] * 0.5
+        np.testing.assert_allclose(held[row], expected[row] + off, atol=1e-5)
+
+
+def test_words_are_not_asked_whether_a_row_is_strange_nor_what_dimensions_weigh(tiny):
+    lm = tiny()
+    plain, model = lm_model(lm), worded_model(lm)
+    features, _ = model.features.read(PAIRS)
+    for each in (plain, model):
+        each.distribution = Distribution(np.zeros(128), np.zeros((128, 0)), np.zeros(0), 1.0, 1e-3)
+        each.head.update({"feature_mean": mx.zeros_like(each.head.feature_mean)})
+    assert model.is_strange(features).tolist() == plain.is_strange(features).tolist() == [True] * 4
+    assert all(STRANGE in output.flags for output in model.score_many(PAIRS))
+
+
 def test_values_beyond_the_range_are_clipped_and_kept_aside(tiny):
     model = lm_model(tiny(), size=5.0)
     outputs = model.score_many(PAIRS)
@@ -125,7 +159,7 @@ def test_a_text_longer_than_the_context_is_scored_and_flagged(tiny):
     assert np.isfinite(list(output.unclipped.values())).all()
 
 
-@pytest.mark.parametrize("make", [lm_model, lambda lm: ngram_model()])
+@pytest.mark.parametrize("make", [lm_model, worded_model, lambda lm: ngram_model()])
 def test_saved_and_loaded_it_gives_the_same_bits(tiny, tmp_path, make):
     lm = tiny()
     model = make(lm)
@@ -134,6 +168,25 @@ def test_saved_and_loaded_it_gives_the_same_bits(tiny, tmp_path, make):
     assert loaded.fingerprint() == model.fingerprint()
     assert loaded.score_many(PAIRS) == model.score_many(PAIRS)
     assert loaded.backbone == model.card.backbone
+
+
+def test_a_model_without_words_is_written_as_before_there_were_any(tiny, tmp_path):
+    lm_model(tiny()).save(tmp_path)
+    assert "words" not in json.loads((tmp_path / "reward_model.json").read_text())
+    assert not (tmp_path / "vocabulary.json").exists()
+
+
+def test_words_that_do_not_belong_to_the_head_are_refused(tiny, tmp_path):
+    lm = tiny()
+    worded_model(lm).save(tmp_path)
+    made = json.loads((tmp_path / "vocabulary.json").read_text())
+    fewer = made | {"pieces": made["pieces"][1:], "weights": made["weights"][1:]}
+    (tmp_path / "vocabulary.json").write_text(json.dumps(fewer))
+    with pytest.raises(InputError, match=r"5 pieces, reward_model\.json tells of 6"):
+        RewardModel.load(tmp_path, lm=lm)
+    (tmp_path / "vocabulary.json").unlink()
+    with pytest.raises(InputError, match=r"vocabulary\.json"):
+        RewardModel.load(tmp_path, lm=lm)
 
 
 def test_the_given_student_is_the_backbone_and_its_adapter_is_not(saved, tiny, monkeypatch):

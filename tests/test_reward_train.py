@@ -389,3 +389,41 @@ def test_edits_that_two_rated_are_not_weighed():
     mine = edit.model_copy(update={"labeller": "human"})
     assert training.edits([first, edit], same_rater=True) == training.edits([first, edit]) == [(1, 0, 0)]
     assert training.edits([first, mine], same_rater=True) == [] and len(training.edits([first, mine])) == 1
+
+
+# --- words beside the backbone's states -----------------------------------------------------------------------------
+
+
+def test_words_are_counted_beside_the_states_and_kept_with_the_model(registry, dataset, tiny):
+    lm, rows = tiny(), corpus(16)
+    artifact = training.train(registry, dataset(rows, corpus(4, first=50)), settings("lm", words=1.0), lm=lm)
+    plain = training.train(registry, dataset(rows, corpus(4, first=50)), settings("lm"), lm=lm)
+    assert artifact.hash != plain.hash
+    model = RewardModel.load(artifact.folder, lm=lm)
+    assert model.card.words == len(model.words.vocabulary) == artifact.metadata["notes"]["words"] > 20
+    assert "you feel" not in model.words.vocabulary and {"thank you", "wrong", "?"} <= set(model.words.vocabulary)
+    assert artifact.metadata["config"]["words"] == 1.0 and plain.metadata["config"]["words"] == 0.0
+    with_words, without = (one.metadata["metrics"]["residual"]["mean"] for one in (artifact, plain))
+    assert with_words > without  # the student's embeddings tell these few words apart already
+    row = rows[0]
+    again = training.fit_judge(rows, settings("lm", words=1.0), kind="lm", home=registry.home, lm=lm)
+    assert again.score(row.prompt, row.response).unclipped == pytest.approx(
+        model.score(row.prompt, row.response).unclipped, abs=1e-5
+    )
+
+
+def test_what_is_left_out_of_a_fit_is_left_out_of_its_vocabulary(tiny):
+    lm, config = tiny(), settings("lm", words=1.0)
+    rows = corpus(9)
+    parts = np.array([int(row.prompt_id[2:]) % 3 for row in rows])
+    backbone = training.open_backbone("lm", config, None, lm)
+    features = backbone.read([(row.prompt, row.response) for row in rows])[0]
+    found = training.left_out(rows, parts, features, backbone, config)
+    other = [
+        row.model_copy(update={"response": row.response + " zebra zebra"}) if part == 0 and row.id[-1] != "a" else row
+        for row, part in zip(rows, parts, strict=True)
+    ]
+    same = (parts == 0) & np.array([row.id[-1] == "a" for row in rows])
+    again = training.left_out(other, parts, features, backbone, config)
+    np.testing.assert_array_equal(again[same], found[same])
+    assert not np.allclose(again[parts == 1], found[parts == 1], atol=1e-6)  # there the zebra was learnt from

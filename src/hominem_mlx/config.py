@@ -185,6 +185,16 @@ class PairConfig(Section):
     """Seed of the cap and of sampling."""
 
 
+READ: dict[str, dict[str, Any]] = {  # by kind of backbone; `docs/ARCHITECTURE.md` says how they were chosen
+    "encoder": {
+        "layers": (0.0, 0.17, 0.33, 0.5, 0.67),
+        "poolings": ("mean", "std", "gap", "near"),
+        "words": 0.5,
+    },
+    "lm": {"layers": (0.0, 0.33, 0.67), "poolings": ("mean", "max", "std", "gap"), "words": 0.0},
+}
+
+
 class RewardConfig(Section):
     """The reward model."""
 
@@ -192,20 +202,20 @@ class RewardConfig(Section):
     """`encoder` (of sentences), `lm` (the student's states), `ngram` (baseline), `auto`: encoder when present."""
     model: str | None = None
     """Folder or repository of the backbone; empty: the fetched encoder, or the student's base."""
-    layers: tuple[Share, ...] = (0.0, 0.33, 0.67)
-    """Depths (share of all layers, 0 the embeddings) whose hidden states are read."""
+    layers: tuple[Share, ...] = ()
+    """Depths (share of all layers, 0 the embeddings) whose hidden states are read; none: what was best of those that
+    were measured, 0, 0.17, 0.33, 0.5 and 0.67 of the encoder, 0, 0.33 and 0.67 of the student."""
     choose_layers: bool = False
     """Whether layers and poolings are chosen among six sets, by folds grouped by prompt, whatever the two settings say.
     Training then fits seven heads in place of one."""
-    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = (
-        "mean",
-        "max",
-        "std",
-        "gap",
-    )
-    """How response tokens become one vector; `gap` is the distance of their mean from the prompt's, by feature, `near`
+    poolings: tuple[Literal["mean", "max", "std", "last", "prompt", "gap", "near", "judge"], ...] = ()
+    """How response tokens become one vector; none: `mean`, `std`, `gap` and `near` with the encoder, `mean`, `max`,
+    `std` and `gap` with the student. `gap` is the distance of their mean from the prompt's, by feature, `near`
     the mean distance of each from the prompt's token most like it, `prompt` the prompt's mean. `judge` (`lm` only) asks
     the model each dimension's question after the reply and takes the state with which it would begin to answer."""
+    words: NonNegative | None = None
+    """What counts of words and of two in a row weigh in the ridge beside the backbone's states, which weigh 1; 0 leaves
+    them out. Not set: 0.5 with the encoder, 0 with the student. `ngram` counts in any case."""
     head: Literal["ridge", "attention"] = "ridge"
     """`ridge`: a linear map of the poolings; `attention`: each output looks for its own places in a reply by a learned
     query, trained by Huber and Bradley-Terry with early stopping. Slower, and in memory it takes what all tokens do."""
@@ -247,6 +257,13 @@ class RewardConfig(Section):
         if self.lora_rank and self.head != "attention":
             raise ValueError("lora_rank needs head = attention: a ridge is solved, and gives the backbone no gradient")
         return self
+
+    def reading(self, kind: str) -> "RewardConfig":
+        """The same with all that was left to the backbone filled in for one of this kind; n-grams have none."""
+        if kind == "ngram":
+            return self
+        given = {name: value for name in READ[kind] if (value := getattr(self, name)) not in ((), None)}
+        return self.model_copy(update=READ[kind] | given)
 
 
 class AdapterConfig(Section):

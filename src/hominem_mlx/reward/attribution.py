@@ -31,8 +31,9 @@ class Attribution:
     """What each piece of a reply adds to one output.
 
     `values` `[R]` add up to `value - baseline` where `is_complete`; both are unclipped, in the output's own unit.
-    `baseline` is the output where each token of the reply is replaced by the mean of all. Joined, `pieces` are what was
-    read.
+    `baseline` is the output where each token of the reply is replaced by the mean of all, and no word of it counted.
+    The pooling `near` still looks at the token of the prompt that it looks at in the reply itself: the way from one to
+    the other would have jumps otherwise, and those no gradient. Joined, `pieces` are what was read.
     """
 
     output: str
@@ -62,7 +63,13 @@ def words_of(pieces: Sequence[str], values: Sequence[float]) -> list[tuple[str, 
 
 
 def integrated_gradients(
-    f: Callable[[mx.array], mx.array], x: mx.array, baseline: mx.array, *, steps: int = STEPS, most: int = MOST
+    f: Callable[[mx.array], mx.array],
+    x: mx.array,
+    baseline: mx.array,
+    *,
+    steps: int = STEPS,
+    most: int = MOST,
+    beside: float = 0.0,
 ) -> tuple[np.ndarray, float, float, int, bool]:
     """Attribution of `f(x) - f(baseline)` to the rows of x, by the midpoint rule on the straight way between the two.
 
@@ -70,9 +77,10 @@ def integrated_gradients(
         f: `[M, T, D]` points to `[M]` values; it may not mix points.
         x, baseline: `[T, D]`.
         steps: points; doubled until attributions add up (`is_complete`) or there would be more than `most`.
+        beside: what is known to be added to the difference, whose attribution is exact.
 
     Returns: attributions `[T]`, `f(x)`, `f(baseline)`, the points it took, and whether they add up to within
-        0.05 |f(x) - f(baseline)| + 0.001.
+        0.05 |f(x) - f(baseline) + beside| + 0.001.
     Source: Sundararajan, Taly and Yan 2017, eq. 1 and 3 (arXiv 1703.01365).
     """
     low, high = f(mx.stack([baseline, x])).tolist()
@@ -90,7 +98,7 @@ def integrated_gradients(
             mx.eval(slopes)
             total = total + sum(slopes)
         found = np.array((way * total).sum(-1), np.float64) / steps
-        is_complete = bool(abs(found.sum() - (high - low)) <= RELATIVE * abs(high - low) + ABSOLUTE)
+        is_complete = bool(abs(found.sum() - (high - low)) <= RELATIVE * abs(high - low + beside) + ABSOLUTE)
         if is_complete or 2 * steps > most:
             return found, high, low, steps, is_complete
         steps *= 2
@@ -100,6 +108,8 @@ def explain(
     model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS, most: int = MOST
 ) -> list[Attribution]:
     """Integrated gradients of some outputs (or `scalar`) with respect to the reply's token vectors; the prompt is held.
+
+    What counts of words add has no gradient but is a sum: each word's part goes to its own tokens, exactly.
 
     Raises: InputError when the reply says nothing, an output is unknown, or the model has no gradient (`ngram`).
     """
@@ -113,27 +123,34 @@ def explain(
     reply = mx.broadcast_to(_mean_vector(backbone), (last - first, x.shape[1]))
     baseline = mx.concatenate([x[:first], reply, x[last:]])
     pieces = tuple(backbone.reader.pieces(response, passage))
+    like = backbone.reader.hidden_states([passage], backbone.spec.layers)
+    judge, by_words = model.judge_of((prompt, response)), _by_words(model, prompt, response, pieces)
     made = []
     for output, pick in zip(outputs, picks, strict=True):
 
         def f(points: mx.array, pick: mx.array = pick) -> mx.array:
-            return model.head(backbone.features([passage] * len(points), points))[0] @ pick
+            return judge(backbone.features([passage] * len(points), points, like)) @ pick
 
-        values, high, low, taken, is_complete = integrated_gradients(f, x, baseline, steps=steps, most=most)
-        said = tuple(values[first:last].tolist())
-        made.append(Attribution(output, pieces, said, high, low, taken, is_complete))
+        counted = by_words @ np.array(pick, np.float64)
+        whole = float(counted.sum())
+        values, high, low, taken, is_complete = integrated_gradients(
+            f, x, baseline, steps=steps, most=most, beside=whole
+        )
+        said = tuple((values[first:last] + counted).tolist())
+        made.append(Attribution(output, pieces, said, high, low - whole, taken, is_complete))
     return made
 
 
 def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Exactly what the hidden state at each place adds to an output, measured from the training rows' mean.
 
-    A ridge head is linear and `mean`, `max` and `last` are sums over places, so this adds up to 1e-6 of the value; an
-    attention head is a sum over places itself. A state has read its neighbours: this is where a judgement was read, not
-    why it was made.
+    A ridge head is linear and `mean`, `max`, `last` and counts of words are sums over places, so this adds up to 1e-6
+    of the value; an attention head is a sum over places itself. A state has read its neighbours: this is where a
+    judgement was read, not why it was made.
 
     Returns: by output `values` `[R]`, `elsewhere` (what is read at no single place adds: `std`, `gap`, `judge` and
-        others) and `start`, the output at the mean of the training rows; all together they are the unclipped output.
+        others) and `start`, the output at the mean of the training rows' states where no word is counted; all together
+        they are the unclipped output.
     """
     backbone, head = _differentiable(model), model.head
     if isinstance(head, AttentionHead):
@@ -146,9 +163,9 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
     first, last = passage.said
     states = backbone.reader.hidden_states([passage], backbone.spec.layers)
     size = states[0].shape[-1]
-    weight = np.array(head.weight / head.feature_scale[:, None] * head.label_scale, np.float64)
-    mean = np.array(head.feature_mean, np.float64)
-    added, elsewhere = np.zeros((last - first, weight.shape[1])), np.zeros(weight.shape[1])
+    weight, mean = _worth(model), np.array(head.feature_mean, np.float64)
+    added = _by_words(model, prompt, response, backbone.reader.pieces(response, passage))
+    elsewhere = np.zeros(weight.shape[1])
     features = np.array(backbone.features([passage])[0], np.float64)
     names = [(index, pooling) for index in range(len(states)) for pooling in backbone.pooled]
     for number, (layer, pooling) in enumerate(names):
@@ -162,7 +179,7 @@ def places(model: RewardModel, prompt: str, response: str, outputs: Sequence[str
             added[-1] += (said[-1] - centre) @ w
         else:
             elsewhere += (features[block] - centre) @ w
-    rest = slice(len(names) * size, None)  # of `judge`
+    rest = slice(len(names) * size, len(features))  # of `judge`
     elsewhere += (features[rest] - mean[rest]) @ weight[rest]
     start = np.array(head.bias * head.label_scale + head.label_mean, np.float64)
     found = {}
@@ -251,6 +268,20 @@ def report(
             one["attention"] = {"values": values, "words": words_of(found.pieces, values), "is_a_cause": False}
         told.append(one)
     return {"prompt": prompt, "response": response, "outputs": told, "left_out": left}
+
+
+def _worth(model: RewardModel) -> np.ndarray:
+    """What one unit of each feature adds to each output, `[F, O]`."""
+    head = model.head
+    return np.array(head.weight / head.feature_scale[:, None] * head.label_scale, np.float64)
+
+
+def _by_words(model: RewardModel, prompt: str, response: str, pieces: Sequence[str]) -> np.ndarray:
+    """What counts of words add to each output at each token of the reply, `[R, O]`."""
+    worth = _worth(model)
+    if model.words is None:
+        return np.zeros((len(pieces), worth.shape[1]))
+    return model.words.added((prompt, response), pieces, worth[-len(model.words.vocabulary) :])
 
 
 def _differentiable(model: RewardModel) -> Backbone:

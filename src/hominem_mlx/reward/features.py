@@ -252,7 +252,9 @@ def _padded(rows: Sequence[Sequence[int]]) -> mx.array:
     return mx.array(tokens)
 
 
-def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str]) -> mx.array:
+def pool(
+    hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[str], like: mx.array | None = None
+) -> mx.array:
     """Response tokens to one vector.
 
     Args:
@@ -262,6 +264,7 @@ def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[s
             tell a linear head how far the reply goes from what was said: `gap`, |mean of the reply - mean of the
             prompt|, and `near`, the mean over the reply of |token - the prompt's token of most similar direction|. A
             prompt without tokens counts as zeros.
+        like: `[N, T, D]` or `[1, T, D]`, states by which `near` finds the most similar token; by default `hidden`.
 
     Returns: `[N, len(poolings) * D]`. Source: `science.md` 2.1; `std` and `gap` were found on the training prompts,
     `near` matches tokens as BERTScore does (Zhang et al. 2020, arXiv 1904.09675).
@@ -276,10 +279,11 @@ def pool(hidden: mx.array, asked: mx.array, said: mx.array, poolings: Sequence[s
     asked_mean = mx.where(prompt, hidden, 0.0).sum(1) / mx.maximum(prompt.sum(1), 1)
 
     def near() -> mx.array:
-        length = mx.sqrt(mx.square(hidden).sum(-1, keepdims=True))
-        direction = hidden / mx.maximum(length, 1e-12)
+        by = mx.stop_gradient(hidden if like is None else like)  # which token is nearest has no slope
+        direction = by / mx.maximum(mx.sqrt(mx.square(by).sum(-1, keepdims=True)), 1e-12)
         alike = mx.where(prompt.swapaxes(1, 2), direction @ direction.swapaxes(1, 2), -mx.inf)
-        found = mx.take_along_axis(hidden, mx.argmax(alike, axis=2)[..., None], axis=1)
+        nearest = mx.broadcast_to(mx.argmax(alike, axis=2), hidden.shape[:2])
+        found = mx.take_along_axis(hidden, nearest[..., None], axis=1)
         far = mx.abs(hidden - mx.where(prompt.any(1, keepdims=True), found, 0.0))
         return mx.where(reply, far, 0.0).sum(1) / reply.sum(1)
 
@@ -433,10 +437,16 @@ class Backbone:
                     raise ModelError(f"{self.reader.name} gives hidden states that are not finite; is it damaged?")
                 yield features
 
-    def features(self, passages: Sequence[Passage], embedded: mx.array | None = None) -> mx.array:
+    def features(
+        self,
+        passages: Sequence[Passage],
+        embedded: mx.array | None = None,
+        like: Sequence[mx.array | None] | None = None,
+    ) -> mx.array:
         """Features `[N, F]` of passages, then the head's columns, as a graph.
 
-        With `embedded` `[N, T, D]` that is read in place of their tokens' own vectors.
+        With `embedded` `[N, T, D]` that is read in place of their tokens' own vectors; with `like`, states `[N, T, D]`
+        a layer (or `[1, T, D]` for all), those say which token `near` looks at.
         """
         asked = mx.array([passage.asked for passage in passages])
         said = mx.array([passage.said for passage in passages])
@@ -446,7 +456,12 @@ class Backbone:
         else:
             states = self.reader.hidden_states(passages, self.layers, embedded)
         places = [self.layers.index(layer) for layer in self.spec.layers]
-        blocks = [pool(states[place], asked, said, self.pooled) for place in places] if self.pooled else []
+        held = like or [None] * len(places)
+        blocks = (
+            [pool(states[place], asked, said, self.pooled, by) for place, by in zip(places, held)]
+            if self.pooled
+            else []
+        )
         if answers:
             kept = [answers[place] for place in places]
             blocks.append(mx.stack(kept, axis=2).reshape(len(passages), -1))  # [N, K, layers, D]

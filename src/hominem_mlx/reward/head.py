@@ -81,6 +81,7 @@ def fit(
     edit_weight: float = 0.0,
     shares: Sequence[float] | None = None,
     owner: np.ndarray | None = None,
+    counts: int = 0,
 ) -> Fitted:
     """Fit the head on training rows.
 
@@ -104,10 +105,14 @@ def fit(
             outputs are dimensions and weigh the same.
         owner: `[F]`, the output that alone reads a feature, -1 where all do; by default all read all. With edits the
             others get their share of it in the mean.
+        counts: how many of the last features are never standardised: a word found in two replies is no two-hundredth
+            of one found in all, and what they weigh beside the others is in them already.
     """
     z, mean, scale = features, np.zeros(features.shape[1]), np.ones(features.shape[1])
     if standardise:
-        z, mean, scale = standardised(features)
+        size = features.shape[1] - counts
+        z, mean[:size], scale[:size] = standardised(features[:, :size])
+        z = np.concatenate([z, features[:, size:]], axis=1) if counts else z
     label_mean, label_scale = label_moments(labels)
     targets = (labels - label_mean) / label_scale
     fold = grouped_folds(groups, folds, seed=seed)

@@ -12,7 +12,7 @@ import numpy as np
 from hominem_mlx.reward.features import Backbone, layer_numbers
 
 SETS: tuple[tuple[tuple[float, ...], tuple[str, ...]], ...] = (  # depths (shares of all layers), poolings
-    ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),  # the default
+    ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),  # the default with the student
     ((0.0, 0.33, 0.67), ("mean", "std", "gap")),
     ((0.0, 0.33, 0.67, 1.0), ("mean", "max", "std", "prompt", "gap", "near")),
     ((0.33, 0.67, 1.0), ("mean", "max", "std", "gap")),

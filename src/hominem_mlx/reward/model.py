@@ -1,7 +1,7 @@
 """The reward model: a frozen backbone, a head, and the one place where they become a judgement."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.quantiles import QuantileHead, spread
 from hominem_mlx.reward.scalar import Gate, ScalarCard, log_length
 from hominem_mlx.reward.tuning import Tuning
+from hominem_mlx.reward.words import WordCounts
 from hominem_mlx.schema import ADVERSARIAL, EMPTY, MANIFOLD, STRANGE, Dimension, Manifold, RewardOutput
 from hominem_mlx.storage.registry import Registry
 
@@ -50,6 +51,8 @@ class Card(BaseModel):
     layers: tuple[int, ...] = ()
     poolings: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
+    words: int = 0
+    """How many of the features, the last ones, are counts of words beside a backbone's states."""
     penalties: dict[str, float] = {}
     width: dict[str, float] = {}
     scalar: ScalarCard = ScalarCard()
@@ -61,9 +64,10 @@ class Card(BaseModel):
     """Of the low-rank parts beside the backbone's layers; 0 without any."""
 
     def as_json(self) -> dict:
-        """What is written and hashed; a ridge head's card is what it was before there were others."""
-        is_ridge = self.attention_layer is None
-        return self.model_dump(mode="json", exclude={"attention_layer", "epochs", "lora_rank"} if is_ridge else None)
+        """What is written and hashed: of a card without words or attention, what it was before there were any."""
+        unused = set() if self.words else {"words"}
+        unused |= {"attention_layer", "epochs", "lora_rank"} if self.attention_layer is None else set()
+        return self.model_dump(mode="json", exclude=unused)
 
     @functools.cached_property
     def judged(self) -> Manifold:
@@ -91,9 +95,10 @@ class RewardModel:
         distribution: Distribution | None = None,
         quantiles: QuantileHead | None = None,
         tuning: Tuning | None = None,
+        words: WordCounts | None = None,
     ):
         self.card, self.head, self.gate, self.distribution = card, head, gate, distribution
-        self.quantiles, self.tuning = quantiles, tuning
+        self.quantiles, self.tuning, self.words = quantiles, tuning, words
         self._features, self._lm, self._home = features, lm, home
 
     # --- judging ---------------------------------------------------------------------------------------------------
@@ -111,8 +116,9 @@ class RewardModel:
         said = [index for index, (_, response) in enumerate(pairs) if response.strip()]
         outputs = [self._empty] * len(pairs)
         if said:
-            features, flags = self.features.read([pairs[index] for index in said])
-            values, members = self.predict(features)
+            heard = [pairs[index] for index in said]
+            features, flags = self.features.read(heard)
+            values, members = self.predict(self.beside(features, heard))
             features = features[:, : len(self._moments[0])]
             weights, strange, scatter = self.weights(features), self.is_strange(features), self._scatter(values)
             for place, index in enumerate(said):
@@ -126,8 +132,24 @@ class RewardModel:
                     )
         return outputs
 
+    def beside(self, features: np.ndarray, pairs: Sequence[Pair]) -> np.ndarray:
+        """What the head reads of pairs: the features of the backbone `[N, F]`, and counts of words after them."""
+        return beside(features, self.words, pairs)
+
+    def judge_of(self, pair: Pair) -> Callable[[mx.array], mx.array]:
+        """From features `[M, F]` in place of the pair's own to outputs `[M, O]`, as a graph; its words are held."""
+        if self.words is None:
+            return lambda features: self.head(features)[0]
+        counts = mx.array(self.words.read([pair]))
+
+        def judge(features: mx.array) -> mx.array:
+            held = mx.broadcast_to(counts, (len(features), counts.shape[1]))
+            return self.head(mx.concatenate([features, held], axis=1))[0]
+
+        return judge
+
     def weights(self, features: np.ndarray) -> np.ndarray:
-        """What each dimension counts in the scalar, `[N, K]` with sum 1, from features `[N, F]`."""
+        """What each dimension counts in the scalar, `[N, K]` with sum 1, from features of the backbone `[N, F]`."""
         if self.gate is not None:
             asked = prompt_columns(self.card, features.shape[1])
             return np.array(self.gate(mx.array(features[:, asked])))
@@ -153,17 +175,22 @@ class RewardModel:
         return float(1 / (1 + np.exp(np.clip((other.scalar - one.scalar) / self.card.scalar.temperature, -50, 50))))
 
     def is_strange(self, features: np.ndarray) -> np.ndarray:
-        """Which rows of features `[N, F]` are out of distribution, bool `[N]`; none where the model cannot tell."""
+        """Which rows of features of the backbone `[N, F]` are out of distribution, bool `[N]`.
+
+        None is where the model cannot tell.
+        """
         if self.distribution is None:
             return np.zeros(len(features), bool)
         return self.distribution.is_strange((features - self._moments[0]) / self._moments[1])
 
     @functools.cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(self.head.feature_mean), np.array(self.head.feature_scale)
+        """Of the backbone's features."""
+        size = len(self.head.feature_mean) - self.card.words
+        return np.array(self.head.feature_mean[:size]), np.array(self.head.feature_scale[:size])
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from features `[N, F]`.
+        """Unclipped outputs `[N, O]` and those of the bootstrap members `[E, N, O]` from what `beside` makes.
 
         An attention head's columns come after the features, as its backbone gives them.
         """
@@ -177,7 +204,7 @@ class RewardModel:
         return np.array(values), np.array(members)
 
     def read(self, pairs: Sequence[Pair], home: Path, progress: Progress | None = None) -> np.ndarray:
-        """Features `[N, F]` of pairs, kept in the home where they cost something."""
+        """Features `[N, F]` of pairs without counts beside them, kept in the home where they cost something."""
         if isinstance(self.features, NgramFeatures):
             return self.features.read(pairs)[0]
         return self.features.read_cached(pairs, home, progress)
@@ -213,6 +240,7 @@ class RewardModel:
         digests = {name: sha256_bytes(memoryview(value).tobytes()) for name, value in arrays}
         digests |= {"distribution": self.distribution.digest} if self.distribution is not None else {}
         digests |= {"tuning": self.tuning.digest} if self.tuning is not None else {}
+        digests |= {"words": sha256_json(self.words.as_json())} if self.words is not None else {}
         return sha256_json({"card": self.card.as_json(), "arrays": digests})
 
     def _open(self) -> Backbone:
@@ -298,6 +326,8 @@ class RewardModel:
         if isinstance(self._features, NgramFeatures):
             pieces = {"pieces": self._features.vocabulary, "idf": self._features.idf.tolist()}
             write_json(folder / VOCABULARY, pieces)
+        if self.words is not None:
+            write_json(folder / VOCABULARY, self.words.as_json())
 
     @classmethod
     def load(
@@ -331,15 +361,16 @@ class RewardModel:
                 "versions never mix: train again with `hominem train reward`, or put hominem.toml back"
             )
         ngram = _read_vocabulary(folder / VOCABULARY) if card.backbone == "ngram" else None
+        words = _read_words(folder / VOCABULARY, card) if card.words else None
         head = _read_head(folder / HEAD, card, ngram)
-        width = len(head.feature_mean)
-        gate = _read_gate(folder / GATE, card, width) if (folder / GATE).exists() else None
+        size = len(head.feature_mean) - card.words
+        gate = _read_gate(folder / GATE, card, size) if (folder / GATE).exists() else None
         quantiles = _read_quantiles(folder / QUANTILES, card) if (folder / QUANTILES).exists() else None
         there = (folder / DISTRIBUTION).exists()
-        distribution = Distribution.load(folder / DISTRIBUTION, width) if there else None
+        distribution = Distribution.load(folder / DISTRIBUTION, size) if there else None
         tuning = _read_tuning(folder / TUNING) if card.lora_rank else None
         made = cls(card, head, ngram, gate=gate, lm=lm, home=home or _home_of(folder), distribution=distribution)
-        made.quantiles, made.tuning = quantiles, tuning
+        made.quantiles, made.tuning, made.words = quantiles, tuning, words
         return made
 
 
@@ -425,6 +456,20 @@ def _read_vocabulary(path: Path) -> NgramFeatures:
     if len(pieces) != len(idf) or not np.isfinite(idf).all():
         raise InputError(f"{path}: {len(pieces)} pieces and {len(idf)} finite weights do not match")
     return NgramFeatures(pieces, idf)
+
+
+def _read_words(path: Path, card: Card) -> WordCounts:
+    words = WordCounts.from_json(read_json(path), path)
+    if len(words.vocabulary) != card.words:
+        raise InputError(
+            f"{path}: {len(words.vocabulary)} pieces, {CARD} tells of {card.words}; run `hominem artifacts verify`"
+        )
+    return words
+
+
+def beside(features: np.ndarray, words: WordCounts | None, pairs: Sequence[Pair]) -> np.ndarray:
+    """Features of a backbone `[N, F]` and, after them, what is counted in the replies, `[N, F + V]`."""
+    return features if words is None else np.concatenate([features, words.read(pairs)], axis=1)
 
 
 def _home_of(folder: Path) -> Path | None:

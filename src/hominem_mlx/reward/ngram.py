@@ -10,13 +10,14 @@ import numpy as np
 from hominem_mlx.reward.features import Pair
 
 WORDS, LETTERS = (1, 2), (3, 5)
+WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 MIN_TEXTS = 2  # a piece seen in one text teaches nothing about another
 
 
 def pieces(text: str) -> Iterator[str]:
     """Word 1-2-grams (`w:`) and character 3-5-grams (`c:`) of one text, lower case, white space as one space."""
     text = " ".join(text.lower().split())
-    words = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text)
+    words = WORD.findall(text)
     for size in range(WORDS[0], WORDS[1] + 1):
         yield from ("w:" + " ".join(words[at : at + size]) for at in range(len(words) - size + 1))
     padded = f" {text} "

@@ -109,7 +109,7 @@ def under_noise(model: RewardModel, pairs: Sequence[Pair], *, seed: int = 0) -> 
         size = mx.where(inside, mx.sqrt(mx.square(x).mean(-1, keepdims=True)), 0.0)
         ways = NOISE * signs * size
         points = mx.concatenate([x[None], *(x + step * ways for step in (1, -1, 2, -2))])
-        said = model.head(backbone.features([passage] * len(points), points))[0][:, : len(weights)]
+        said = model.judge_of(pairs[row])(backbone.features([passage] * len(points), points))[:, : len(weights)]
         values.append(np.array(said @ weights / weights.sum(), np.float64))
         lengths.append(float(mx.sqrt(mx.square(ways[0]).sum())))
     if not values:

@@ -33,7 +33,7 @@ from hominem_mlx.reward.examine import (
 )
 from hominem_mlx.reward.features import Backbone, layer_numbers
 from hominem_mlx.reward.head import EXTRA, RidgeHead
-from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, open_reader, prompt_columns
+from hominem_mlx.reward.model import GET_ENCODER, WIDTH, Card, RewardModel, beside, open_reader, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
 from hominem_mlx.reward.own import felt, learnable, not_learnt_yet, of_the_seven, own_lines
 from hominem_mlx.reward.scalar import (
@@ -45,6 +45,7 @@ from hominem_mlx.reward.scalar import (
     ordered_pairs,
     pair_temperature,
 )
+from hominem_mlx.reward.words import WordCounts
 from hominem_mlx.schema import COMMON, MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact, Registry
 
@@ -78,7 +79,7 @@ def train(
     in_use = config.manifold.in_use
     _refuse_constants(rows, (*learnable(rows, in_use).names, *felt(rows, in_use)))
     kind, why = choose_backbone(config, registry.home)
-    settings = config.reward.model_dump(mode="json") | {"backbone": kind}
+    settings = config.reward.reading(kind).model_dump(mode="json") | {"backbone": kind}
     backbone = open_backbone(kind, config, registry.home, lm)
     features = _read([*rows, *valid], backbone, config, registry.home, progress)
     metrics = _account([*rows, *valid], features, backbone, config, progress, learnt=rows)
@@ -90,7 +91,7 @@ def train(
     if valid:
         theirs = None if features is None else _as_read(features[len(rows) :], backbone, model)
         metrics["valid_pair_accuracy"] = _pair_accuracy(
-            model, valid, _columns(model.head, model.features, valid, theirs)
+            model, valid, _columns(model.head, model.features, valid, theirs, model.words)
         )
     if config.reward.choose_layers and features is not None and isinstance(model.features, Backbone):
         model.features.keep(_pairs([*rows, *valid]), _as_read(features, backbone, model), registry.home)
@@ -166,7 +167,7 @@ def left_out(
             found[outside] = np.nan
             continue
         theirs = None if features is None else _as_read(features[outside], backbone, model)
-        columns = _columns(model.head, model.features, [labels[index] for index in outside], theirs)
+        columns = _columns(model.head, model.features, [labels[i] for i in outside], theirs, model.words)
         found[outside] = model.predict(columns)[0][:, : found.shape[1]]  # emotions come last
         if progress:
             progress({"stage": stage, "done": done, "total": len(names)})
@@ -181,7 +182,9 @@ def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
 def fit_audit(
     labels: Sequence[Label], config: Config, *, home: Path | None = None, lm: LanguageModel | None = None
 ) -> RewardModel:
-    """A second judge that shares neither training rows nor features with the reward model of this configuration.
+    """A second judge that shares no training rows with the reward model of this configuration, nor what it reads.
+
+    Except that n-grams count words, as the encoder's head may do beside its states. An audit of n-grams counts none.
 
     Args:
         labels: rows the reward model never saw: the held-out suite's.
@@ -191,7 +194,8 @@ def fit_audit(
     if config.reward.backbone != "ngram":
         return fit_baseline(labels, config)
     place = home or home_folder()
-    return fit_judge(labels, config, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
+    wordless = config.model_copy(update={"reward": config.reward.model_copy(update={"words": 0.0})})
+    return fit_judge(labels, wordless, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
 
 
 def fit_judge(
@@ -239,9 +243,9 @@ def open_backbone(kind: str, config: Config, home: Path, lm: LanguageModel | Non
         return None
     reader = open_reader(kind, config.reward.model, home=home, lm=lm, base=config.student.base)
     questions = [dimension.question for dimension in MANIFOLD.dimensions]
-    chosen_later = config.reward.choose_layers
-    depths = reading.DEPTHS if chosen_later else config.reward.layers
-    poolings = reading.POOLINGS if chosen_later else config.reward.poolings
+    reads, chosen_later = config.reward.reading(reader.kind), config.reward.choose_layers
+    depths = reading.DEPTHS if chosen_later else reads.layers
+    poolings = reading.POOLINGS if chosen_later else reads.poolings
     return Backbone(reader, layer_numbers(depths, reader.num_layers), poolings, questions)
 
 
@@ -327,6 +331,7 @@ def describe(model: RewardModel) -> dict:
             "poolings": list(model.card.poolings),
         },
         "head": _head_of(model.card),
+        "words": model.card.words,
     }
 
 
@@ -364,9 +369,13 @@ def _fit_head(
     members: int,
     standardise: bool,
     edited: Sequence[Edit] = (),
-    owner: np.ndarray | None = None,
+    backbone: Backbone | None = None,
+    counts: int = 0,
 ) -> heads.Fitted:
-    reward = config.reward
+    """The last `counts` features are those of words; the others are the backbone's, or n-grams without one."""
+    reward, owner = config.reward, None
+    if backbone is not None and (asked := backbone.owner(features.shape[1] - counts)) is not None:
+        owner = np.concatenate([asked, np.full(counts, -1)])
     return heads.fit(
         features,
         labels,
@@ -380,6 +389,7 @@ def _fit_head(
         edit_weight=reward.edit_weight,
         shares=[dimension.weight for dimension in MANIFOLD.dimensions],
         owner=owner,
+        counts=counts,
     )
 
 
@@ -408,12 +418,13 @@ def _columns(
     reads: Backbone | NgramFeatures,
     labels: Sequence[Label],
     features: np.ndarray | None,
+    words: WordCounts | None,
 ) -> np.ndarray:
     """What a head reads of rows whose features `[N, F]` are known; n-grams, which are not kept, are counted."""
     if features is None or isinstance(reads, NgramFeatures):
         return reads.read(_pairs(labels))[0]
     if isinstance(head, RidgeHead):
-        return features
+        return beside(features, words, _pairs(labels))
     return np.concatenate([features, head.attend_all(reads.states(_pairs(labels), head.layer))], axis=1)
 
 
@@ -425,28 +436,38 @@ def _fit_read(
     config: Config,
     *,
     members: int,
-) -> tuple[heads.Fitted | attention.Fitted, Backbone]:
-    """The head that the configuration asks for, on what a backbone reads of rows; and the backbone as it reads it."""
+) -> tuple[heads.Fitted | attention.Fitted, Backbone, WordCounts | None]:
+    """The head that the configuration asks for, on what a backbone reads of rows; and that backbone, and words."""
     groups, reward, backbone = [row.prompt_id for row in labels], config.reward, backbone.plain
     if reward.head == "attention":
         layer, pairs = _attention_layer(backbone, config), _pairs(labels)
         settings: dict = {"layer": layer, "folds": reward.folds, "members": members, "seed": reward.seed}
         if reward.lora_rank:
             looking, parts = tuning.fit(backbone, pairs, values, groups, rank=reward.lora_rank, **settings)
-            return looking, backbone.looked_at_by(looking.head, parts)
+            return looking, backbone.looked_at_by(looking.head, parts), None
         looking = attention.fit(backbone.states(pairs, layer), features, values, groups, **settings)
-        return looking, backbone.looked_at_by(looking.head)
+        return looking, backbone.looked_at_by(looking.head), None
+    words = _words(labels, backbone, config)
+    read = beside(features, words, _pairs(labels))
     fitted = _fit_head(
-        features,
+        read,
         values,
         groups,
         config,
         members=members,
         standardise=True,
         edited=edits(labels, same_rater=True),
-        owner=backbone.owner(features.shape[1]),
+        backbone=backbone,
+        counts=read.shape[1] - features.shape[1],
     )
-    return fitted, backbone
+    return fitted, backbone, words
+
+
+def _words(labels: Sequence[Label], backbone: Backbone, config: Config) -> WordCounts | None:
+    """What is counted beside the backbone's states, learnt from these rows."""
+    strength = config.reward.reading(backbone.reader.kind).words
+    words = WordCounts.fit(_pairs(labels), [row.prompt_id for row in labels], strength) if strength else None
+    return words if words is not None and words.vocabulary else None
 
 
 def _fit(
@@ -457,7 +478,7 @@ def _fit(
     groups = [row.prompt_id for row in labels]
     outputs = (*manifold.names, *EXTRA, *emotions)
     card: dict = {"manifold": config.manifold.in_use, "outputs": outputs}
-    distribution, parts = None, None
+    distribution, parts, words = None, None, None
     fitted: heads.Fitted | attention.Fitted
     made: Backbone | NgramFeatures
     if backbone is None or features is None:
@@ -470,14 +491,16 @@ def _fit(
         if choice is not None:
             features = reading.part(features, backbone, choice)
             backbone = Backbone(backbone.untuned, *choice)
-        fitted, made = _fit_read(labels, values, features, backbone, config, members=members)
+        fitted, made, words = _fit_read(labels, values, features, backbone, config, members=members)
         spec, reader, parts = made.plain.spec, made.untuned, made.reader.tuning
         card |= {"backbone": reader.kind, "backbone_name": reader.name, "backbone_hash": reader.hash}
         card |= {"layers": spec.layers, "poolings": spec.poolings, "questions": spec.questions}
+        card["words"] = len(words.vocabulary) if words is not None else 0
         if parts is not None:  # beside them the backbone makes other features
             features = made.read(_pairs(labels))[0][:, : features.shape[1]]
         if members:  # who says how unsure it is also says what it does not know
-            z = (features - np.array(fitted.head.feature_mean)) / np.array(fitted.head.feature_scale)
+            size = features.shape[1]
+            z = (features - np.array(fitted.head.feature_mean)[:size]) / np.array(fitted.head.feature_scale)[:size]
             distribution = distributions.fit(z, groups, folds=config.reward.folds, seed=config.reward.seed)
     made_of, gate = _scalar(labels, values - fitted.left_out, features, backbone, config, manifold)
     if isinstance(fitted, heads.Fitted):
@@ -490,10 +513,17 @@ def _fit(
     card |= {"width": width, "scalar": made_of}
     quantiles = None
     if members and config.reward.quantiles:
-        read = _columns(fitted.head, made, labels, features)
+        read = _columns(fitted.head, made, labels, features, words)
         quantiles = _scatter(fitted, read, values, overall(labels, manifold), manifold)
     return RewardModel(
-        Card(**card), fitted.head, made, gate=gate, distribution=distribution, quantiles=quantiles, tuning=parts
+        Card(**card),
+        fitted.head,
+        made,
+        gate=gate,
+        distribution=distribution,
+        quantiles=quantiles,
+        tuning=parts,
+        words=words,
     )
 
 
@@ -619,11 +649,11 @@ def _account(
             if choice is not None:
                 own, read = Backbone(backbone.untuned, *choice), reading.part(features, backbone, choice)
                 choices[choice] += 1
-            fitted, reads = _fit_read(ours, values[inside], read[inside], own, config, members=0)
-            columns = _columns(fitted.head, reads, theirs, read[outside])
+            fitted, reads, words = _fit_read(ours, values[inside], read[inside], own, config, members=0)
+            columns = _columns(fitted.head, reads, theirs, read[outside], words)
             predicted[outside] = np.array(fitted.head(mx.array(columns))[0])
             if config.reward.quantiles:
-                learnt_from = _columns(fitted.head, reads, ours, read[inside])
+                learnt_from = _columns(fitted.head, reads, ours, read[inside], words)
         else:
             predicted[outside] = baseline[outside]
         promised[:, outside] = widths(fitted.left_out)[:, None]

@@ -147,9 +147,11 @@ def test_preview_puts_predicted_beside_labelled(tiny):
 
 def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
     rows = corpus()
-    assert training.fit_audit(rows, settings("encoder")).backbone == "ngram"
-    assert training.fit_audit(rows, settings("auto")).backbone == "ngram"
+    assert training.fit_audit(rows, settings("encoder", words=0.0)).backbone == "ngram"
+    beside_words = training.fit_audit(rows, settings("encoder"), lm=tiny())
+    assert beside_words.backbone == "lm" and beside_words.words is None
     monkeypatch.setattr(training, "find_encoder", lambda home: None)
+    assert training.fit_audit(rows, settings("auto")).backbone == "ngram"
     assert training.fit_audit(rows, settings("ngram"), lm=tiny()).backbone == "lm"
 
 

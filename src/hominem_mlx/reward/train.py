@@ -182,20 +182,20 @@ def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
 def fit_audit(
     labels: Sequence[Label], config: Config, *, home: Path | None = None, lm: LanguageModel | None = None
 ) -> RewardModel:
-    """A second judge that shares no training rows with the reward model of this configuration, nor what it reads.
-
-    Except that n-grams count words, as the encoder's head may do beside its states. An audit of n-grams counts none.
+    """A second judge that shares neither training rows nor features with the reward model of this configuration.
 
     Args:
         labels: rows the reward model never saw: the held-out suite's.
-        config: with `reward.backbone=ngram` the audit reads with the encoder (else the student), otherwise n-grams.
+        config: where its reward model counts words the audit reads with another backbone, else it counts n-grams.
         home, lm: where the encoder is, and the student when it is loaded.
     """
-    if config.reward.backbone != "ngram":
-        return fit_baseline(labels, config)
     place = home or home_folder()
+    kind, _ = choose_backbone(config, place)
+    if kind != "ngram" and not config.reward.reading(kind).words:
+        return fit_baseline(labels, config)
     wordless = config.model_copy(update={"reward": config.reward.model_copy(update={"words": 0.0})})
-    return fit_judge(labels, wordless, kind="encoder" if find_encoder(place) else "lm", home=place, lm=lm)
+    other = "encoder" if kind != "encoder" and find_encoder(place) else "lm"
+    return fit_judge(labels, wordless, kind=other, home=place, lm=lm)
 
 
 def fit_judge(

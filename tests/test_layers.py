@@ -56,7 +56,7 @@ def trained(registry, rows):
 
 
 def test_there_are_at_most_six_and_the_default_comes_first():
-    default = Config().reward
+    default = Config().reward.reading("lm")
     assert layers.SETS[0] == (default.layers, default.poolings) and len(layers.SETS) <= 6
 
 

@@ -278,10 +278,9 @@ def _worth(model: RewardModel) -> np.ndarray:
 
 def _by_words(model: RewardModel, prompt: str, response: str, pieces: Sequence[str]) -> np.ndarray:
     """What counts of words add to each output at each token of the reply, `[R, O]`."""
-    worth = _worth(model)
     if model.words is None:
-        return np.zeros((len(pieces), worth.shape[1]))
-    return model.words.added((prompt, response), pieces, worth[-len(model.words.vocabulary) :])
+        return np.zeros((len(pieces), len(model.card.outputs)))
+    return model.words.added((prompt, response), pieces, _worth(model)[-len(model.words.vocabulary) :])
 
 
 def _differentiable(model: RewardModel) -> Backbone:

@@ -29,7 +29,9 @@ from hominem_mlx.storage.registry import Registry  # noqa: E402
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-LONGEST = ["test_demo", "test_rl_figure", "test_kill", "test_parallel"]
+# Of several processes these are begun first; test_full before a process has run others, because after those that follow
+# here MLX's peak was seen to be a tenth lower than the estimate it is held against allows for (not yet explained).
+FIRST = ["test_demo", "test_full", "test_rl_figure", "test_kill", "test_parallel"]
 TEXT = [
     "What is my sister called? Your sister is called Nora.",
     "I feel tired today. That sounds heavy; what would help you most right now?",
@@ -85,7 +87,7 @@ def pytest_collection_modifyitems(config, items):
     if is_alone(config):
         items.sort(key=asks_for_the_demo)
     else:
-        items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+        items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)

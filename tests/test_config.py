@@ -107,3 +107,16 @@ def test_what_is_left_to_the_backbone_is_filled_in_and_what_is_given_stays():
     assert (encoder.layers, encoder.words, encoder.poolings) == ((0.5,), 0.0, ("mean", "std", "gap", "near"))
     assert (student.layers, student.words, student.poolings) == ((0.0, 0.33, 0.67), 0.0, ("mean", "max", "std", "gap"))
     assert given.reading("ngram") == given
+
+
+def test_what_a_reward_head_cannot_do_is_refused_and_words_stand_beside_a_ridge_only():
+    for settings, said in [
+        ({"head": "attention", "backbone": "ngram"}, "use head = ridge"),
+        ({"head": "attention", "words": 0.5}, "words is for head = ridge"),
+        ({"head": "attention", "choose_layers": True}, "choose_layers is for head = ridge"),
+        ({"lora_rank": 2}, "lora_rank needs head = attention"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            RewardConfig(**settings)
+    assert RewardConfig().reading("encoder").words == 0.5 and RewardConfig().reading("lm").words == 0
+    assert RewardConfig(head="attention").reading("encoder").words == 0

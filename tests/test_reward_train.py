@@ -152,6 +152,7 @@ def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
     assert beside_words.backbone == "lm" and beside_words.words is None
     monkeypatch.setattr(training, "find_encoder", lambda home: None)
     assert training.fit_audit(rows, settings("auto")).backbone == "ngram"
+    assert training.fit_audit(rows, settings("lm", words=0.5)).backbone == "ngram"  # there is no third reader
     assert training.fit_audit(rows, settings("ngram"), lm=tiny()).backbone == "lm"
 
 

@@ -254,6 +254,8 @@ class RewardConfig(Section):
             raise ValueError(
                 "choose_layers is for head = ridge, which is fitted in seconds: set attention_layer instead"
             )
+        if self.head == "attention" and self.words:
+            raise ValueError("words is for head = ridge, which counts them beside what it reads: leave it out, or 0")
         if self.lora_rank and self.head != "attention":
             raise ValueError("lora_rank needs head = attention: a ridge is solved, and gives the backbone no gradient")
         return self
@@ -263,6 +265,8 @@ class RewardConfig(Section):
         if kind == "ngram":
             return self
         given = {name: value for name in READ[kind] if (value := getattr(self, name)) not in ((), None)}
+        if self.head == "attention":
+            given["words"] = 0.0
         return self.model_copy(update=READ[kind] | given)
 
 

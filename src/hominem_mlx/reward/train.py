@@ -186,16 +186,18 @@ def fit_audit(
 
     Args:
         labels: rows the reward model never saw: the held-out suite's.
-        config: where its reward model counts words the audit reads with another backbone, else it counts n-grams.
+        config: where its reward model counts words the audit reads with another backbone, if there is one; else it
+            counts n-grams.
         home, lm: where the encoder is, and the student when it is loaded.
     """
     place = home or home_folder()
     kind, _ = choose_backbone(config, place)
-    if kind != "ngram" and not config.reward.reading(kind).words:
+    counts = kind == "ngram" or config.reward.reading(kind).words
+    others = [other for other in ("encoder", "lm") if other != kind and (other == "lm" or find_encoder(place))]
+    if not counts or not others:
         return fit_baseline(labels, config)
     wordless = config.model_copy(update={"reward": config.reward.model_copy(update={"words": 0.0})})
-    other = "encoder" if kind != "encoder" and find_encoder(place) else "lm"
-    return fit_judge(labels, wordless, kind=other, home=place, lm=lm)
+    return fit_judge(labels, wordless, kind=others[0], home=place, lm=lm)
 
 
 def fit_judge(

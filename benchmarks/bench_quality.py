@@ -52,7 +52,7 @@ DEPTHS = (0.0, 0.33, 0.5, 0.67)  # of what is read; 0 the embeddings
 POOLINGS = ("mean", "max", "std", "prompt", "gap", "near")
 # Candidates: which depths and poolings of what was read; with `kinds`, times the penalties, 16 configurations.
 CANDIDATES = {
-    "default": ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),
+    "plain": ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),
     "middle": ((0.33, 0.5, 0.67), ("mean", "max")),
     "all": (DEPTHS, POOLINGS),
 }

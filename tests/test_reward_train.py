@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hominem_mlx.config import Config
-from hominem_mlx.errors import ConfigError, InputError, ModelError
+from hominem_mlx.errors import InputError, ModelError
 from hominem_mlx.files import read_jsonl, write_jsonl
 from hominem_mlx.models import encoder
 from hominem_mlx.models.backbone import STARTER
@@ -143,6 +143,16 @@ def test_preview_puts_predicted_beside_labelled(tiny):
         assert line["labelled"]["empathy"] == by_id[line["id"]].reward.empathy
         assert set(line["labelled"]) == set(line["predicted"]) == {*MANIFOLD.names, *EXTRA, "scalar"}
     assert len(training.preview(model, rows, 500)) == len(rows)
+
+
+def test_the_audit_goes_by_the_judge_and_not_by_what_the_settings_say_today(tiny, registry, dataset):
+    rows, lm = corpus(), tiny()
+    made = [training.train(registry, dataset(rows), settings("lm", words=words), lm=lm) for words in (0.0, 0.5)]
+    silent, counting = (RewardModel.load(artifact.folder, lm=lm) for artifact in made)
+    for said in ("encoder", "lm", "ngram"):
+        assert training.fit_audit(rows, settings(said), judge=silent, lm=lm).backbone == "ngram"
+    assert counting.settings(settings("lm")).reward.words == pytest.approx(0.5)
+    assert silent.settings(settings("lm", words=2.0)).reward.words == 0
 
 
 def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
@@ -381,9 +391,11 @@ def test_the_scalar_is_made_as_the_settings_say(registry, dataset, tiny):
     assert RewardModel.load(other.folder, lm=lm).card.scalar.slopes == told["slopes"]
 
 
-def test_a_gate_without_the_prompt_among_the_poolings_is_refused(registry, dataset, tiny):
-    with pytest.raises(ConfigError, match="add `prompt` to reward"):
-        training.train(registry, dataset(corpus(6)), settings("lm", scalar="gated"), lm=tiny())
+def test_a_gate_without_the_prompt_among_the_poolings_is_refused():
+    for wrong in ({}, {"poolings": ("mean", "prompt"), "choose_layers": True}):
+        with pytest.raises(ValueError, match="add prompt to poolings"):
+            settings("lm", scalar="gated", **wrong)
+    settings("lm", scalar="gated", poolings=("mean", "prompt"))
 
 
 def test_edits_that_two_rated_are_not_weighed():

@@ -256,6 +256,12 @@ class RewardConfig(Section):
             )
         if self.head == "attention" and self.words:
             raise ValueError("words is for head = ridge, which counts them beside what it reads: leave it out, or 0")
+        if (
+            self.scalar == "gated"
+            and self.backbone != "ngram"
+            and (self.choose_layers or "prompt" not in self.poolings)
+        ):
+            raise ValueError("scalar = gated reads the prompt: add prompt to poolings, with choose_layers off")
         if self.lora_rank and self.head != "attention":
             raise ValueError("lora_rank needs head = attention: a ridge is solved, and gives the backbone no gradient")
         return self

@@ -418,7 +418,7 @@ def _self_play(session: Session, count: int, starter: bool) -> None:
     lm = session.__dict__.get("base")
     model = session.reward_model()
     labels = read_labels(session.current("dataset", "hominem data split", pointer="labels"), "valid")
-    audit = fit_audit(labels, session.config, home=session.home, lm=lm)
+    audit = fit_audit(labels, session.config, judge=model, home=session.home, lm=lm)
     with session.console.progress() as report:
         done = play(session.home, session.config, student, (model, audit), count, starter=starter, progress=report)
     session.console.result(done.model_dump(mode="json"))

@@ -83,7 +83,7 @@ def run(registry: "Registry", config: "Config", *, progress, note, began: float)
         registry.use(model)
         judge = RewardModel.load(model.folder, lm=lm, manifold=config.manifold.in_use)
         note(f"The reward model reads with: {judge.card.backbone}. {model.metadata['notes']['why'].capitalize()}.")
-        audit = reward.fit_audit(held_out, config, home=home, lm=lm)
+        audit = reward.fit_audit(held_out, config, judge=judge, home=home, lm=lm)
         baseline = reward.fit_baseline(dataset.read_labels(parts["labels"], "train"), config)
 
         pairs = preferences.pair(

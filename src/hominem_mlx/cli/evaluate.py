@@ -102,13 +102,16 @@ def policy(session: Session, adapter: str | None, use: bool) -> None:
     examined, suite = _examined(session, adapter), session.current("suite", "hominem data split")
     judge, labels = session.reward_artifact(), session.registry.current("dataset", pointer="labels")
     held_out = suites.Suite.read(suite.folder).labels
+    scorer, audit = session.reward_model() if judge else None, None
+    if scorer is not None and held_out:
+        audit = reward.fit_audit(held_out, session.config, judge=scorer, home=session.home, lm=session.base)
     with session.console.progress() as progress:
         found = suites.evaluate(
             session.base,
             suite,
             adapter=examined,
-            scorer=session.reward_model() if judge else None,
-            audit_scorer=reward.fit_audit(held_out, session.config) if judge and held_out else None,
+            scorer=scorer,
+            audit_scorer=audit,
             ngram=reward.fit_baseline(dataset.read_labels(labels, "train"), session.config) if labels else None,
             config=session.config,
             progress=progress,

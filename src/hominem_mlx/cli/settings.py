@@ -25,7 +25,7 @@ def template() -> str:
         for key, setting in section.model_fields.items():  # type: ignore[union-attr]
             lines += _comment(setting.description or "")
             default = setting.get_default()
-            example = 1.0 if "float" in str(setting.annotation) else ""
+            example = 0.5 if "float" in str(setting.annotation) else ""
             shown = f"{_toml(example)}  # not set" if default is None else _toml(default)
             lines.append(f"# {key} = {shown}")
         parts.append("\n".join(lines) + "\n")

@@ -191,17 +191,19 @@ def _look(session: Session, pairs: "Artifact") -> "Callable[[LanguageModel], dic
     memories = read_jsonl(pairs.file("memory.jsonl"), SftPair, unique=None, may_be_empty=True)
     taught, _ = learnable(memories, safety_low=config.dual.safety_low, safety_high=config.dual.safety_high)
     judges: dict[str, Scorer] = {}
+    judge = None
     if valid and session.reward_artifact() is not None:
         try:
             scorer = session.reward_model()
             scorer.score_many([(valid[0].prompt, valid[0].chosen)])  # it opens what it reads with when it first reads
-            judges["reward"] = scorer
+            judges["reward"] = judge = scorer
         except HominemError as error:
             session.console.note(f"The reward model does not watch: {error}")
     labels = session.registry.current("dataset", pointer="labels")
     if valid and labels is not None:
         try:
-            judges["audit"] = fit_audit(dataset.read_labels(labels, "valid"), config, home=session.home, lm=base)
+            rows = dataset.read_labels(labels, "valid")
+            judges["audit"] = fit_audit(rows, config, judge=judge, home=session.home, lm=base)
         except HominemError as error:
             session.console.note(f"No audit judge watches: {error}")
     return looker([pair.prompt for pair in valid], taught, judges, config)
@@ -258,7 +260,8 @@ def rl(session: Session) -> None:
     base = session.base  # before the reward model, which may read with it
     scorer, judged_by = session.reward_model(), session.reward_artifact()
     assert judged_by is not None  # or there would be no scorer
-    audit = fit_audit(dataset.read_labels(labels, "valid"), session.config, home=session.home, lm=base)
+    rows = dataset.read_labels(labels, "valid")
+    audit = fit_audit(rows, session.config, judge=scorer, home=session.home, lm=base)
     with session.console.progress() as report:
         made = recipe.train(
             session.registry, labels, judged_by, session.config, lm=base, scorer=scorer, audit=audit, progress=report

@@ -40,7 +40,7 @@ def _meanings(home: Path, manifold: Manifold, names: Collection[str]) -> tuple[d
     now = {
         dimension.name: {"rubric": dimension.question, "bad": dimension.low, "good": dimension.high}
         | {"range": list(dimension.range)}
-        for dimension in manifold.own
+        for dimension in (*manifold.own, *manifold.emotions)
         if dimension.name in names
     }
     problems = [

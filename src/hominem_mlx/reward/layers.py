@@ -13,7 +13,7 @@ from hominem_mlx.reward.features import Backbone, layer_numbers
 
 SETS: tuple[tuple[tuple[float, ...], tuple[str, ...]], ...] = (  # depths (shares of all layers), poolings
     ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),  # the default with the student
-    ((0.0, 0.33, 0.67), ("mean", "std", "gap")),
+    ((0.0, 0.17, 0.33, 0.5, 0.67), ("mean", "std", "gap", "near")),  # the default with the encoder
     ((0.0, 0.33, 0.67, 1.0), ("mean", "max", "std", "prompt", "gap", "near")),
     ((0.33, 0.67, 1.0), ("mean", "max", "std", "gap")),
     ((0.67,), ("mean", "last")),  # `science.md` 2.1

@@ -213,7 +213,14 @@ class RewardModel:
         """A configuration that trains the same kind of head, whichever the given one asks for."""
         head = "ridge" if self.card.attention_layer is None else "attention"
         own: dict = {"head": head, "lora_rank": self.card.lora_rank}
-        own |= {} if self.card.attention_layer is None else {"choose_layers": False}
+        if self.card.attention_layer is not None and isinstance(self.features, Backbone):
+            own |= {
+                "choose_layers": False,
+                "attention_layer": self.card.attention_layer / self.features.reader.num_layers,
+            }
+        strength = self.words.usual**2 if self.words is not None else 0.0
+        if self.backbone != "ngram" and abs((config.reward.reading(self.backbone).words or 0.0) - strength) > 1e-6:
+            own["words"] = strength
         return config.model_copy(update={"reward": config.reward.model_copy(update=own)})
 
     @property

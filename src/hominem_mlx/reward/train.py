@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from hominem_mlx.config import Config, ManifoldConfig, home_folder
-from hominem_mlx.errors import ConfigError, InputError
+from hominem_mlx.config import Config, ManifoldConfig, RewardConfig, home_folder
+from hominem_mlx.errors import InputError
 from hominem_mlx.files import read_jsonl, write_json
 from hominem_mlx.metrics import pair_accuracy
 from hominem_mlx.models.backbone import LanguageModel
@@ -180,24 +180,33 @@ def fit_baseline(labels: Sequence[Label], config: Config) -> RewardModel:
 
 
 def fit_audit(
-    labels: Sequence[Label], config: Config, *, home: Path | None = None, lm: LanguageModel | None = None
+    labels: Sequence[Label],
+    config: Config,
+    *,
+    judge: RewardModel | None = None,
+    home: Path | None = None,
+    lm: LanguageModel | None = None,
 ) -> RewardModel:
-    """A second judge that shares neither training rows nor features with the reward model of this configuration.
+    """A second judge that shares neither training rows nor features with a reward model.
+
+    It counts n-grams; beside one that counts words it reads, without words, with the backbone that one does not read
+    with. Where there is no other, n-grams have to do.
 
     Args:
         labels: rows the reward model never saw: the held-out suite's.
-        config: where its reward model counts words the audit reads with another backbone, if there is one; else it
-            counts n-grams.
+        config: its `reward` table, of which nothing is taken that is about reading.
+        judge: the reward model; None: the one this configuration makes.
         home, lm: where the encoder is, and the student when it is loaded.
     """
     place = home or home_folder()
-    kind, _ = choose_backbone(config, place)
-    counts = kind == "ngram" or config.reward.reading(kind).words
-    others = [other for other in ("encoder", "lm") if other != kind and (other == "lm" or find_encoder(place))]
-    if not counts or not others:
+    kind = choose_backbone(config, place)[0] if judge is None else judge.backbone
+    words = config.reward.reading(kind).words if judge is None else judge.card.words
+    others = ["encoder"] if kind != "encoder" and find_encoder(place) else []
+    others += ["lm"] if kind == "ngram" or (kind == "encoder" and lm is not None) else []
+    if not others or not (words or kind == "ngram"):
         return fit_baseline(labels, config)
-    wordless = config.model_copy(update={"reward": config.reward.model_copy(update={"words": 0.0})})
-    return fit_judge(labels, wordless, kind=others[0], home=place, lm=lm)
+    plain = RewardConfig(**config.reward.model_dump(include={"penalties", "folds", "seed", "edit_weight"}), words=0.0)
+    return fit_judge(labels, config.model_copy(update={"reward": plain}), kind=others[0], home=place, lm=lm)
 
 
 def fit_judge(
@@ -541,10 +550,13 @@ def _chosen(
         return None
     choices = reading.candidates(backbone)
     groups, known = [row.prompt_id for row in labels], edits(labels, same_rater=True)
+    words = _words(labels, backbone, config)
 
     def left_out(choice: reading.Choice) -> np.ndarray:
-        read = reading.part(features, backbone, choice)
-        return _fit_head(read, values, groups, config, members=0, standardise=True, edited=known).left_out
+        states = reading.part(features, backbone, choice)
+        read = beside(states, words, _pairs(labels))
+        settings: dict = {"members": 0, "standardise": True, "edited": known}
+        return _fit_head(read, values, groups, config, counts=read.shape[1] - states.shape[1], **settings).left_out
 
     return reading.best(choices, left_out, values) if choices else None
 
@@ -596,10 +608,6 @@ def _scalar(
     dimensions = np.where(np.isnan(dimensions) & ~seven, of_them[:, None], dimensions)
     if config.reward.scalar == "gated" and features is not None and backbone is not None:
         asked = prompt_columns(backbone.spec, features.shape[1])
-        if not len(asked):
-            raise ConfigError(
-                "reward.scalar = gated reads the prompt: add `prompt` to reward.poolings, with reward.choose_layers off"
-            )
         read, seed = features[:, asked], config.reward.seed
         gate, decided = fit_gate(read, dimensions, wanted, groups, weights.tolist(), seed=seed)
         card = card.model_copy(update={"gate": decided})

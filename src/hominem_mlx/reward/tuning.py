@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from hominem_mlx.errors import ModelError
+from hominem_mlx.errors import InputError, ModelError
 from hominem_mlx.files import sha256_bytes, sha256_json
 from hominem_mlx.reward.attention import (
     DECAY,
@@ -157,6 +157,11 @@ def fit(
     learnt, stopping = np.flatnonzero(fold != 0), np.flatnonzero(fold == 0)
     drawn = [learnt[rows] for rows in bootstrap_rows(groups[learnt], members, seed=seed)]
     counts = np.stack([np.bincount(rows, minlength=len(groups)) for rows in (learnt, *drawn)]).astype(np.float32)
+    if np.isnan(labels[learnt]).all(axis=0).any():
+        raise InputError(
+            "a number is labelled only on the fifth of the prompts that says when to stop: nothing can be learnt "
+            "of it; label more prompts, or set reward.lora_rank=0"
+        )
     label_mean, label_scale = label_moments(labels[learnt])
     state_mean, state_scale = moments(backbone.states([pairs[row] for row in learnt.tolist()], layer))
     mean, scale = mx.array(state_mean, mx.float32), mx.array(state_scale, mx.float32)

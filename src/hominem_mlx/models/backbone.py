@@ -70,7 +70,16 @@ class LanguageModel:
         self, prompt: str, *, system: str | None = None, history: Sequence[dict[str, str]] = ()
     ) -> list[int]:
         """A user message after its history, ready to be answered. Training and generation both come through here."""
+        if not history:
+            return list(self._opening(prompt, system))
         return self.chat_tokens(conversation(prompt, system=system, history=history))
+
+    @functools.cached_property
+    def _opening(self) -> Callable[[str, str | None], tuple[int, ...]]:
+        """`prompt_tokens` of a message without a history: templates are slow, and a run asks for each many times."""
+        return functools.lru_cache(1024)(
+            lambda prompt, system: tuple(self.chat_tokens(conversation(prompt, system=system)))
+        )
 
     def response_tokens(self, response: str) -> list[int]:
         """What is said in a reply, without its thoughts, and the token that ends a turn.

@@ -18,14 +18,17 @@ LEFT_OUT_CLOSE, DRAW_CLOSE, MOST_ROUNDS = 1e-5, 1e-3, 300
 
 
 class Whole(NamedTuple):
-    """Normal equations of some rows, decomposed: `Z'Z` of centred features is `vectors @ diag(values) @ vectors.T`."""
+    """Equations of some rows, decomposed: `Z'Z` of centred features, or `ZZ'`, is `vectors @ diag(values) @ vectors.T`.
 
-    mean: np.ndarray  # [F]
-    values: np.ndarray  # [F]
-    vectors: np.ndarray  # [F, F]
+    S is the number of features in the primal form, of rows in the dual one.
+    """
+
+    mean: np.ndarray  # [S], of features; of the products with each row
+    values: np.ndarray  # [S]
+    vectors: np.ndarray  # [S, S]
 
     def solve(self, right: np.ndarray, penalties: np.ndarray) -> np.ndarray:
-        """Weights for right sides, the last axis of both `[F, ..., C]` and `[C]` in step."""
+        """What stands before the equations for right sides, the last axis of both `[S, ..., C]` and `[C]` in step."""
         turned = (self.vectors.T @ right.reshape(len(right), -1)).reshape(right.shape)
         turned /= self.values.reshape(-1, *[1] * (right.ndim - 1)) + penalties
         return (self.vectors @ turned.reshape(len(right), -1)).reshape(right.shape)
@@ -36,36 +39,36 @@ class Ridge:
 
     With fewer rows than features the dual form is solved, in `[N, N]`; otherwise the primal one, in `[F, F]`:
     `W = Z'(ZZ' + l I)^-1 Y = (Z'Z + l I)^-1 Z'Y` with Z and Y centred (Saunders, Gammerman and Vovk 1998).
+
+    Args:
+        z: features.
+        gram: `ZZ'` where it is known; only the dual form wants it.
     """
 
-    def __init__(self, z: np.ndarray):
+    def __init__(self, z: np.ndarray, gram: np.ndarray | None = None):
         self.is_dual = z.shape[0] < z.shape[1]
         self.z = z if self.is_dual else np.asarray(z, np.float64)
-        self.gram = np.asarray(z @ z.T if self.is_dual else (), np.float64)
+        self.gram = np.empty(0)
+        if self.is_dual:
+            self.gram = np.asarray(z @ z.T if gram is None else gram, np.float64)
         self._kept: tuple[bytes, Whole] | None = None
 
     def solve(self, rows: np.ndarray, targets: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights `[F, O]` and intercepts `[O]` from `rows` (repeats allowed).
+        """Weights `[F, O]` and intercepts `[O]` from `rows`, all different.
 
         Each output has its own penalty and its own missing rows.
         """
         weight, bias = np.zeros((self.z.shape[1], targets.shape[1])), np.zeros(targets.shape[1])
         for outputs, there in by_mask(targets[rows]):
-            kept = rows[there]
+            kept, price = rows[there], penalties[outputs]
             y = targets[np.ix_(kept, outputs)]
-            off = y - y.mean(axis=0)
+            off, whole = y - y.mean(axis=0), self._whole(kept)
             if self.is_dual:
-                mean = self.gram[np.ix_(kept, kept)].mean(axis=0)
-                coefficients, matrix = np.zeros(off.shape), self._centred_gram(kept)
-                for penalty in np.unique(penalties[outputs]):
-                    own = penalties[outputs] == penalty
-                    coefficients[:, own] = np.linalg.solve(matrix + penalty * np.eye(len(matrix)), off[:, own])
-                weight[:, outputs] = self.z[kept].T @ coefficients.astype(self.z.dtype)
+                found = whole.solve(off, price)
+                weight[:, outputs] = self._sums(kept, found)
             else:
-                whole = self._whole(kept)
-                mean = whole.mean
-                weight[:, outputs] = coefficients = whole.solve(self.z[kept].T @ off, penalties[outputs])
-            bias[outputs] = y.mean(axis=0) - mean @ coefficients
+                weight[:, outputs] = found = whole.solve(self.z[kept].T @ off, price)
+            bias[outputs] = y.mean(axis=0) - whole.mean @ found
         return weight, bias
 
     def draws(
@@ -73,19 +76,45 @@ class Ridge:
     ) -> tuple[np.ndarray, np.ndarray]:
         """`solve` for several draws of rows: weights `[E, F, O]` and intercepts `[E, O]`.
 
-        In the primal form a draw is all rows with weights.
+        A draw is all rows, each as often as it was drawn.
         """
         weight = np.zeros((len(drawn), self.z.shape[1], targets.shape[1]))
         bias = np.zeros((len(drawn), targets.shape[1]))
-        if self.is_dual or not drawn:
-            for place, rows in enumerate(drawn):
-                weight[place], bias[place] = self.solve(rows, targets, penalties)
+        if not drawn:
             return weight, bias
+        drawn_times = np.stack([np.bincount(rows, minlength=len(self.z)) for rows in drawn], axis=1)
+        find = self._weighted_dual if self.is_dual else self._weighted
         for outputs, kept in by_mask(targets):
-            times = np.stack([np.bincount(rows, minlength=len(self.z))[kept] for rows in drawn], axis=1)
-            found = self._weighted(kept, targets[np.ix_(kept, outputs)], times, penalties[outputs])
+            found = find(kept, targets[np.ix_(kept, outputs)], drawn_times[kept], penalties[outputs])
             weight[:, :, outputs], bias[:, outputs] = found
         return weight, bias
+
+    def _weighted_dual(self, rows, y, times, penalties) -> tuple[np.ndarray, np.ndarray]:
+        """As `_weighted`. A row that counts r times stands in its equations once, with the r-th part of the penalty."""
+        coefficients = np.zeros((len(rows), times.shape[1], y.shape[1]))
+        bias = np.zeros((times.shape[1], y.shape[1]))
+        for place, counts in enumerate(times.T):
+            there = np.flatnonzero(counts)
+            if not len(there):
+                continue
+            share = counts[there] / counts.sum()
+            inside = self.gram[np.ix_(rows[there], rows[there])]
+            side = share @ inside
+            matrix, mean = inside - side - side[:, None] + share @ side, share @ y[there]
+            for penalty in np.unique(penalties):
+                own = np.flatnonzero(penalties == penalty)
+                priced = matrix + np.diag(penalty / counts[there])
+                found = np.linalg.solve(priced, (y[there] - mean)[:, own])
+                coefficients[there[:, None], place, own] = found
+            bias[place] = mean - side @ coefficients[there, place]
+        weight = self._sums(rows, coefficients.reshape(len(rows), -1))
+        return np.moveaxis(weight.reshape(-1, *coefficients.shape[1:]), 0, 1), bias
+
+    def _sums(self, rows: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """`Z'` of `rows`, which are all different, times coefficients; n-gram rows are long, so none is copied."""
+        everywhere = np.zeros((len(self.z), coefficients.shape[1]), self.z.dtype)
+        everywhere[rows] = coefficients
+        return self.z.T @ everywhere
 
     def _weighted(self, rows, y, times, penalties) -> tuple[np.ndarray, np.ndarray]:
         """Regressions in which each row counts `times` `[rows, E]`: weights `[E, F, O]`, intercepts `[E, O]`."""
@@ -128,9 +157,7 @@ class Ridge:
         """Without fitting again: with the smoother H = 11'/n + L (w + l)^-1 L', whose factor L one eigendecomposition
         gives, the errors of a left-out fold G are (I - H_GG)^-1 (y - Hy)_G, to rounding (Allen 1974, PRESS, by blocks).
         """
-        centred = self._centred_gram(rows)
-        values, vectors = np.linalg.eigh(centred)
-        values = np.maximum(values, 0.0)
+        _, values, vectors = self._whole(rows)
         factor, off = vectors * np.sqrt(values), y - y.mean(axis=0)
         turned = factor.T @ off
         for number, penalty in enumerate(penalties):
@@ -164,17 +191,17 @@ class Ridge:
         """Of `rows`, whose `Z'Z` may be known; kept for those asked last, since a fit asks for the same three times."""
         key = rows.tobytes()
         if self._kept is None or self._kept[0] != key:
-            z = self.z[rows]
-            products = z.T @ z if products is None else products
-            mean = z.mean(axis=0)
-            values, vectors = np.linalg.eigh(products - len(rows) * np.outer(mean, mean))
+            if self.is_dual:
+                inside = self.gram[np.ix_(rows, rows)]
+                mean = inside.mean(axis=0)
+                centred = inside - mean - mean[:, None] + mean.mean()
+            else:
+                z = self.z[rows]
+                mean = z.mean(axis=0)
+                centred = (z.T @ z if products is None else products) - len(rows) * np.outer(mean, mean)
+            values, vectors = np.linalg.eigh(centred)
             self._kept = key, Whole(mean, np.maximum(values, 0.0), vectors)
         return self._kept[1]
-
-    def _centred_gram(self, rows: np.ndarray) -> np.ndarray:
-        inside = self.gram[np.ix_(rows, rows)]
-        side = inside.mean(axis=0)
-        return inside - side - side[:, None] + side.mean()
 
 
 def _penalised(matrix: np.ndarray, price: np.ndarray, weight: np.ndarray) -> np.ndarray:

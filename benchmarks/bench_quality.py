@@ -50,12 +50,14 @@ from hominem_mlx.reward.model import open_reader  # noqa: E402
 
 DEPTHS = (0.0, 0.33, 0.5, 0.67)  # of what is read; 0 the embeddings
 POOLINGS = ("mean", "max", "std", "prompt", "gap", "near")
-# Candidates: which depths and poolings of what was read; with `kinds`, times the penalties, 16 configurations.
-CANDIDATES = {
+# Depths and poolings of what was read; with `kinds`, times the penalties, 16 configurations. Of each the best penalty
+# is taken, and all are stacked: which of them is best, some hundreds of rows cannot tell.
+STATES = {
     "plain": ((0.0, 0.33, 0.67), ("mean", "max", "std", "gap")),
     "middle": ((0.33, 0.5, 0.67), ("mean", "max")),
     "all": (DEPTHS, POOLINGS),
 }
+READINGS = (*STATES, "kinds")
 PENALTIES = (0.1, 0.5, 3.0, 15.0)
 COUNT_PENALTIES = (0.5, 2.0, 8.0)
 LENGTH_PENALTIES = (1e-3,)
@@ -83,7 +85,7 @@ class Reading:
 
 
 def read_texts(backbone: KindsBackbone, texts: Sequence[Pair], folder: Path) -> Reading:
-    """All that candidates look at, of each text once: sorted by length, in all lanes, from `folder` if it is there."""
+    """All that is made of each text, once: sorted by length, in all lanes, from `folder` if it is there."""
     order = sorted(set(texts), key=lambda pair: (len(pair[0]) + len(pair[1]), pair))
     folder = folder / backbone.hash
     values: dict[Pair, np.ndarray] = {}
@@ -218,12 +220,12 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
         found = predict_fold(judged, fold, int(held_out), counted, values, reading, targets)
         for index, label in enumerate(judged.labels):
             known = inside & ~np.isnan(label.values)
-            picked = {way: pick(label, found[way][..., index], known) for way in found}
+            picked = {part: pick(label, said[..., index], known) for part, said in found.items()}
             for way in ("ngram", "length"):
                 predicted[way][out, index] = picked[way][1][out]
-            if "states" in picked:
-                notes[index]["chosen"].append([name_of(way, picked[way][0]) for way in ("states", "kinds")])
-                for way, parts in (("alone", ("states", "kinds")), ("stacked", ("states", "kinds", "ngram"))):
+            if values is not None:
+                notes[index]["chosen"].append([f"{part} {PENALTIES[picked[part][0]]:g}" for part in READINGS])
+                for way, parts in (("alone", READINGS), ("stacked", (*READINGS, "ngram"))):
                     several = np.stack([picked[part][1] for part in parts])
                     said, weights = stack(several, label.values, known, intercept=intercept)
                     predicted[way][out, index] = said[out]
@@ -261,8 +263,9 @@ def predict_fold(judged, fold, held_out, counted, values, reading, targets) -> d
         def made(columns: np.ndarray) -> np.ndarray:
             return left_out(Dense(values[:, columns], inside, centre=intercept), penalties=PENALTIES, **options)
 
-        found["states"] = np.concatenate([made(reading.columns(*candidate)) for candidate in CANDIDATES.values()])
-        found["kinds"] = made(reading.kinds)
+        found |= {name: made(reading.columns(*which)) for name, which in STATES.items()} | {
+            "kinds": made(reading.kinds)
+        }
     return found
 
 
@@ -272,12 +275,6 @@ def pick(label: Label, predicted: np.ndarray, known: np.ndarray) -> tuple[int, n
     values = np.nan_to_num([promise(label, one, rows) for one in predicted], nan=-np.inf)
     index = int(np.argmax(values))
     return index, predicted[index]
-
-
-def name_of(way: str, configuration: int) -> str:
-    """A configuration of what was read in words."""
-    candidate, penalty = divmod(configuration, len(PENALTIES))
-    return f"{list(CANDIDATES)[candidate] if way == 'states' else way} {PENALTIES[penalty]:g}"
 
 
 def describe(
@@ -477,7 +474,7 @@ def install() -> None:
 
 
 def open_backbone(kind: str, model: str | None, folder: Path) -> tuple[KindsBackbone | None, str]:
-    """The frozen backbone that reads what all candidates look at, its kinds of tokens from `folder`, or why not."""
+    """The frozen backbone that reads all of `STATES`, its kinds of tokens from `folder`, or why not."""
     if kind == "ngram":
         return None, "run with --backbone ngram, which is the baseline itself"
     try:

@@ -23,7 +23,7 @@ import bench_manifold
 import bench_quality
 from bench_counts import Counted, length_rows
 from bench_folds import Dense, left_out, stack
-from bench_quality import CANDIDATES, COUNT_PENALTIES, PENALTIES, Reading, as_items, examine, pick, predict_fold
+from bench_quality import COUNT_PENALTIES, PENALTIES, READINGS, Reading, as_items, examine, pick, predict_fold
 from bench_sets import read_sets
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
@@ -69,7 +69,7 @@ def a_set(tmp_path: Path, rows: list[dict], name: str = "some"):
 
 
 def reading_of(judged, vectors: np.ndarray) -> Reading:
-    """Features as if a backbone had read the texts; all candidates look at all of them."""
+    """Features as if a backbone had read the texts; every reading is all of them."""
     columns = np.arange(vectors.shape[1])
     return Reading(dict(zip(judged.texts, vectors)), lambda *_: columns, columns, 0.0, 0.0)
 
@@ -381,7 +381,7 @@ def test_folds_never_share_a_prompt_and_no_more_than_sixteen_configurations_are_
     judged = a_set(tmp_path, graded())
     fold = grouped_folds(judged.groups, bench_folds.FOLDS, seed=bench_quality.SEED)
     assert len(set(zip(judged.groups, fold))) == len(set(judged.groups))
-    assert (len(CANDIDATES) + 1) * len(PENALTIES) <= 16  # and kinds of tokens
+    assert len(READINGS) * len(PENALTIES) <= 16
 
 
 def test_nothing_of_the_held_out_fold_is_chosen_or_stacked_by(tmp_path):
@@ -394,7 +394,7 @@ def test_nothing_of_the_held_out_fold_is_chosen_or_stacked_by(tmp_path):
     for targets in (label.values, np.where(out, 1 - label.values, label.values)):
         found = predict_fold(judged, fold, 2, counted, values, reading, targets[:, None])
         changed = type(label)(label.name, label.metric, targets)
-        picked = [pick(changed, found[way][..., 0], ~out) for way in ("states", "kinds", "ngram")]
+        picked = [pick(changed, found[way][..., 0], ~out) for way in (*READINGS, "ngram")]
         said, weights = stack(np.stack([said for _, said in picked]), targets, ~out)
         told.append(([index for index, _ in picked], weights, said[out]))
     assert told[0][0] == told[1][0]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from hominem_mlx import metrics
+from hominem_mlx.reward import scalar as scalars
 from hominem_mlx.reward.scalar import Gate, fit_gate, length_slopes, log_length, ordered_pairs, pair_temperature
+from hominem_mlx.schema import MANIFOLD, Dimension, Manifold
 
 
 def test_length_by_hand():
@@ -29,6 +31,25 @@ def test_a_missing_value_takes_no_part_in_a_slope():
     values = (2 * lengths + np.tile([0.5, -0.5], 5))[:, None]
     values[3] = np.nan
     assert length_slopes(values, lengths)[0] == pytest.approx(2.0, abs=0.2)
+
+
+def test_an_own_dimension_without_a_label_and_a_row_without_one_change_no_temperature():
+    rng = np.random.default_rng(0)
+    dimensions, groups, replies = rng.normal(size=(40, 7)), np.arange(40) // 4, ["yes", "no, never"] * 20
+    weights = np.array([dimension.weight for dimension in MANIFOLD.dimensions])
+    said = dimensions @ weights / weights.sum()
+    wanted = said + rng.normal(0, 0.3, 40)
+    pairs = ordered_pairs(wanted, groups)
+    card, gate = scalars.fit(dimensions, wanted, groups, replies, MANIFOLD, keep_length=True)
+    assert card.temperature == pytest.approx(pair_temperature(said[pairs[:, 0]] - said[pairs[:, 1]])) and gate is None
+    assert card.log_length == pytest.approx((math.log(3) + math.log(9)) / 2) and card.slopes == {}
+
+    own = Dimension(name="directness", question="Is it direct?", low="veiled", high="plain", weight=0.5)
+    grown = Manifold(dimensions=(*MANIFOLD.dimensions, own))
+    more = np.concatenate([dimensions, np.full((40, 1), np.nan)], axis=1)
+    more, its = np.concatenate([more, np.full((1, 8), np.nan)]), [*groups, 0]
+    found, _ = scalars.fit(more, np.array([*wanted, 5.0]), its, [*replies, "yes"], grown, keep_length=True)
+    assert found.temperature == pytest.approx(card.temperature)
 
 
 def test_temperature_is_where_the_likelihood_is_highest():

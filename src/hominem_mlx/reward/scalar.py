@@ -19,6 +19,7 @@ from hominem_mlx import metrics
 from hominem_mlx.models.seeding import seeded
 from hominem_mlx.reward.examine import CLOSE
 from hominem_mlx.reward.head import grouped_folds
+from hominem_mlx.schema import COMMON, Manifold
 
 MANY_PAIRS = 2000  # fewer cannot tell prompts apart, and weights would follow the loudest dimension (`science.md` 2.5)
 HIDDEN, STEPS, PATIENCE, RATE, DECAY = 32, 400, 40, 3e-3, 1e-2
@@ -58,6 +59,49 @@ class Gate(nn.Module):
         """`[N, F]` to weights `[N, K]` that add up to 1."""
         z = (features - self.mean) / self.scale
         return mx.softmax(self.start + self.outer(nn.relu(self.inner(z))), axis=-1)
+
+
+def fit(
+    dimensions: np.ndarray,
+    wanted: np.ndarray,
+    groups: Sequence[str] | np.ndarray,
+    responses: Sequence[str],
+    manifold: Manifold,
+    *,
+    keep_length: bool,
+    prompts: np.ndarray | None = None,
+    seed: int = 0,
+) -> tuple[ScalarCard, Gate | None]:
+    """How dimensions become one number.
+
+    Args:
+        dimensions: `[N, K]` as predicted with the reply's fold left out, NaN where it has no label.
+        wanted: overall labels `[N]`, NaN where there is none.
+        groups: the prompt of each reply.
+        responses: the replies, whose length is taken out unless it is kept.
+        prompts: features of their prompts `[N, F]` where weights may hang on them.
+        seed: of the gate.
+    """
+    weights = np.array([dimension.weight for dimension in manifold.dimensions])
+    lengths = np.array([log_length(response) for response in responses])
+    told: dict[str, Any] = {"log_length": float(lengths.mean())}
+    if not keep_length:
+        slopes = length_slopes(dimensions, lengths)
+        dimensions = dimensions - np.outer(lengths - lengths.mean(), slopes)
+        told["slopes"] = dict(zip(manifold.names, slopes.tolist(), strict=True))
+    seven = np.array([name in COMMON for name in manifold.names])
+    of_them = dimensions[:, seven] @ weights[seven] / weights[seven].sum()
+    # A row without a label in the person's own dimension: left out of the mean, it changes nothing.
+    dimensions = np.where(np.isnan(dimensions) & ~seven, of_them[:, None], dimensions)
+    gate, shares = None, weights / weights.sum()
+    if prompts is not None:
+        gate, told["gate"] = fit_gate(prompts, dimensions, wanted, groups, weights.tolist(), seed=seed)
+        shares = shares if gate is None else np.array(gate(mx.array(prompts)))
+    scalar = (dimensions * shares).sum(axis=1)
+    pairs = ordered_pairs(np.where(np.isnan(scalar), np.nan, wanted), groups)
+    if len(pairs):
+        told["temperature"] = pair_temperature(scalar[pairs[:, 0]] - scalar[pairs[:, 1]])
+    return ScalarCard(**told), gate
 
 
 def log_length(response: str) -> float:

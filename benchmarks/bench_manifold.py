@@ -14,6 +14,7 @@ from hominem_mlx.files import read_jsonl
 from hominem_mlx.records import Label
 from hominem_mlx.reward import attribution
 from hominem_mlx.reward import train as reward
+from hominem_mlx.reward.account import cross_validate
 
 NAMES = ("C2", "C3", "C4", "C5", "C5_50", "C5_80", "C5_90", "C6")
 EXPLAINED = 20  # rows of which three outputs each are explained for C6
@@ -33,7 +34,7 @@ def measure(kind: str, model: str | None, home: Path, reason: str = "") -> dict[
     began = time.perf_counter()
     config = Config.model_validate({"reward": {"backbone": kind, "model": model}})
     rows = read_jsonl(STARTER / "reward_samples.jsonl", Label)
-    account = reward.cross_validate(rows, config, home=home)
+    account = cross_validate(rows, config, home=home)
     figures = from_account(account)
     if kind == "ngram":
         figures["C6"] = figure("C6", None, n=0, how="counts of words have no gradient")
@@ -43,7 +44,7 @@ def measure(kind: str, model: str | None, home: Path, reason: str = "") -> dict[
 
 
 def from_account(account: dict[str, Any]) -> dict[str, Any]:
-    """C2 to C5 from what `reward.train.cross_validate` says."""
+    """C2 to C5 from what `reward.account.cross_validate` says."""
     rows, calibrated, residual = account["rows"], account["calibration"], account["residual"]
     edits, plain, size = account["contrasts"], account["baseline_contrasts"], len(calibrated["outputs"]) - 2
     ours, labels = account["participation_ratio"], account["label_participation_ratio"]

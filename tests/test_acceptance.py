@@ -13,6 +13,7 @@ from hominem_mlx.errors import NotGoodEnough
 from hominem_mlx.reward import categories, successor
 from hominem_mlx.reward import train as training
 from hominem_mlx.reward.acceptance import as_rows, checks, held_out, refusals
+from hominem_mlx.reward.account import left_out
 from hominem_mlx.reward.examine import compare, hidden_norm
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.schema import MANIFOLD
@@ -165,12 +166,10 @@ def test_length_of_features_against_the_scalar_by_hand():
 
 def test_held_out_rows_are_judged_in_other_dress_too(tiny, home):
     rows = corpus(20)
-    model = training._fit(rows[:40], None, None, settings("ngram"), members=0)
+    model = training.fit_baseline(rows[:40], settings("ngram"))
     found = held_out(model, model, rows[40:], wanted=20)
     assert found["smoothness"]["n"] >= 20 and found["noise"] is None and found["hidden_norm"] is None
-    backbone = training.open_backbone("lm", settings("lm"), home, tiny())
-    features = backbone.read_cached([(row.prompt, row.response) for row in rows[:40]], home)
-    model = training._fit(rows[:40], features, backbone, settings("lm"), members=0)
+    model = training.fit_judge(rows[:40], settings("lm"), kind="lm", home=home, lm=tiny())
     found = held_out(model, model, rows[40:], wanted=20)
     assert found["noise"]["n"] == 32 and 1.5 < found["noise"]["ratio"] < 2.5
     assert abs(found["hidden_norm"]) <= 1
@@ -211,7 +210,7 @@ def test_a_category_left_out_is_not_learnt_from():
         for row in rows
     ]
     parts = np.array([row.category for row in turned])
-    said = training.left_out(turned, parts, None, None, settings("ngram"))
+    said = left_out(turned, parts, None, None, settings("ngram"))
     empathy = np.array([row.reward.empathy for row in turned])
     assert metrics.pearson(said[parts == "reverse", 0], empathy[parts == "reverse"]) < -0.8
     found = categories.carried_over(turned, None, None, settings("ngram"))

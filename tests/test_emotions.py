@@ -16,6 +16,7 @@ from hominem_mlx.files import write_json, write_jsonl
 from hominem_mlx.records import Label, Reward
 from hominem_mlx.reward import train as training
 from hominem_mlx.reward.acceptance import checks
+from hominem_mlx.reward.account import left_out
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.reward.own import LEAST_PROMPTS, felt
@@ -178,8 +179,8 @@ def test_a_dimension_of_the_persons_own_takes_the_place_of_an_axis(registry, lab
 def test_held_out_parts_are_told_of_the_seven_alone():
     rows = rated(with_feelings=14)
     parts = np.arange(len(rows)) // 4 % 2
-    found = training.left_out(rows, parts, None, None, CONFIG)
-    plain = training.left_out([*map(without, rows)], parts, None, None, CONFIG)
+    found = left_out(rows, parts, None, None, CONFIG)
+    plain = left_out([*map(without, rows)], parts, None, None, CONFIG)
     assert found.shape == (56, K + 2)
     np.testing.assert_allclose(found, plain, atol=1e-6)
 

@@ -10,10 +10,13 @@ from hominem_mlx.cli import cli
 from hominem_mlx.config import Config
 from hominem_mlx.files import write_jsonl
 from hominem_mlx.records import Label
+from hominem_mlx.reward import fit as fitting
 from hominem_mlx.reward import layers
 from hominem_mlx.reward import train as training
+from hominem_mlx.reward.account import cross_validate, left_out
 from hominem_mlx.reward.features import Backbone, LmReader
 from hominem_mlx.reward.model import RewardModel
+from hominem_mlx.reward.reading import open_backbone
 from hominem_mlx.schema import MANIFOLD
 
 NAN = math.nan
@@ -63,7 +66,7 @@ def test_there_are_at_most_six_and_the_default_comes_first():
 def test_a_choice_has_the_columns_that_reading_it_alone_gives(tiny):
     lm = tiny()
     reader = LmReader(lm)
-    wide = training.open_backbone("lm", settings(choose_layers=True), None, lm)
+    wide = open_backbone("lm", settings(choose_layers=True), None, lm)
     read, _ = wide.read(PAIRS)
     choices = layers.candidates(wide)
     assert len(choices) == 6 and choices[0] == ((0, 1), ("mean", "max", "std", "gap"))
@@ -109,14 +112,14 @@ def test_the_chosen_model_is_the_one_that_its_settings_would_make(trained, regis
 
 
 def test_a_fold_is_never_part_of_the_choice_made_for_it(rows, home, tiny, monkeypatch):
-    seen, real = [], training._chosen
+    seen, real = [], fitting._chosen
 
-    def spy(labels, values, features, backbone, config):
-        seen.append(({row.prompt_id for row in labels}, len(values), len(features)))
-        return real(labels, values, features, backbone, config)
+    def spy(rows, values, words, config):
+        seen.append(({*rows.groups}, len(values), len(rows.features)))
+        return real(rows, values, words, config)
 
-    monkeypatch.setattr(training, "_chosen", spy)
-    training.cross_validate(rows, settings(choose_layers=True), home=home, lm=tiny())
+    monkeypatch.setattr(fitting, "_chosen", spy)
+    cross_validate(rows, settings(choose_layers=True), home=home, lm=tiny())
     everything = {row.prompt_id for row in rows}
     assert len(seen) == 3 and all(count == 24 == number for _, count, number in seen)
     out = [everything - prompts for prompts, *_ in seen]
@@ -125,14 +128,14 @@ def test_a_fold_is_never_part_of_the_choice_made_for_it(rows, home, tiny, monkey
 
 def test_parts_left_out_are_told_by_what_each_model_chose_and_by_a_fixed_one(rows, home, tiny):
     config, lm, parts = settings(choose_layers=True), tiny(), np.arange(36) // 18
-    wide = training.open_backbone("lm", config, home, lm)
+    wide = open_backbone("lm", config, home, lm)
     pairs = [(row.prompt, row.response) for row in rows]
-    found = training.left_out(rows, parts, wide.read(pairs)[0], wide, config)
+    found = left_out(rows, parts, wide.read(pairs)[0], wide, config)
     assert found.shape == (36, 9) and np.isfinite(found).all()
     narrow = Backbone(wide.reader, (1,), ("mean",))
-    fixed = training.left_out(rows, parts, narrow.read(pairs)[0], narrow, config)
+    fixed = left_out(rows, parts, narrow.read(pairs)[0], narrow, config)
     alike = settings(layers=(0.5,), poolings=("mean",))
-    np.testing.assert_array_equal(fixed, training.left_out(rows, parts, narrow.read(pairs)[0], narrow, alike))
+    np.testing.assert_array_equal(fixed, left_out(rows, parts, narrow.read(pairs)[0], narrow, alike))
 
 
 def test_the_command_line_says_what_was_chosen(home, registry, rows, tiny_folder):

@@ -11,9 +11,11 @@ from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.losses import bradley_terry, huber
 from hominem_mlx.reward import attention, attribution, categories
 from hominem_mlx.reward import train as training
+from hominem_mlx.reward.account import left_out
 from hominem_mlx.reward.attention import AttentionHead, Pairs, fit, look, loss, padded
 from hominem_mlx.reward.features import Backbone, LmReader
 from hominem_mlx.reward.model import Card, RewardModel
+from hominem_mlx.reward.reading import ReadRows, read_rows
 from hominem_mlx.schema import MANIFOLD, STRANGE
 from test_reward_model import OUTPUTS, PAIRS
 from test_reward_train import COLD, KIND, change, corpus, dataset, settings  # noqa: F401
@@ -351,7 +353,7 @@ def test_it_goes_through_the_whole_line(registry, dataset, tiny, fast):  # noqa:
     ridge = settings("lm")
     assert model.settings(ridge).reward.head == "attention" and model.settings(config) == config
     found = categories.carried_over(
-        rows, model.features.read_cached(training._pairs(rows), registry.home), *[model.features, model.settings(ridge)]
+        rows, model.features.read_cached(ReadRows(rows).pairs, registry.home), *[model.features, model.settings(ridge)]
     )
     assert found is None or found["categories"]
 
@@ -364,12 +366,11 @@ def artifact_parent(registry, artifact):
 def test_a_row_left_out_is_judged_without_its_label(tiny, home, fast):
     rows = corpus(9)
     config = settings("lm", **ATTENDING)
-    backbone = training.open_backbone("lm", config, home, tiny())
-    features = training._read(rows, backbone, config, home)
+    read = read_rows(rows, "lm", config, home, tiny())
     parts = np.array([row.prompt_id for row in rows])
-    first = training.left_out(rows, np.where(parts == "p-000", "a", "b"), features, backbone, config)
+    first = left_out(rows, np.where(parts == "p-000", "a", "b"), read.features, read.backbone, config)
     lied = [change(row, empathy=-row.reward.empathy) if row.prompt_id == "p-000" else row for row in rows]
-    second = training.left_out(lied, np.where(parts == "p-000", "a", "b"), features, backbone, config)
+    second = left_out(lied, np.where(parts == "p-000", "a", "b"), read.features, read.backbone, config)
     own = parts == "p-000"
     np.testing.assert_array_equal(first[own], second[own])
     assert not np.array_equal(first[~own], second[~own])

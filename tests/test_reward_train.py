@@ -12,10 +12,13 @@ from hominem_mlx.files import read_jsonl, write_jsonl
 from hominem_mlx.models import encoder
 from hominem_mlx.models.backbone import STARTER
 from hominem_mlx.records import Label
+from hominem_mlx.reward import reading
 from hominem_mlx.reward import train as training
+from hominem_mlx.reward.account import cross_validate, left_out
 from hominem_mlx.reward.examine import compare
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import RewardModel
+from hominem_mlx.reward.targets import edits, overall, targets
 from hominem_mlx.schema import MANIFOLD, STRANGE
 
 K = len(MANIFOLD.names)
@@ -121,7 +124,7 @@ def test_ngram_beside_itself_differs_by_nothing(registry, dataset):
 
 
 def test_auto_takes_the_student_without_an_encoder_and_says_how_to_get_one(registry, dataset, tiny, monkeypatch):
-    monkeypatch.setattr(training, "find_encoder", lambda home: None)
+    monkeypatch.setattr(reading, "find_encoder", lambda home: None)
     artifact = training.train(registry, dataset(corpus()), settings("auto"), lm=tiny())
     assert artifact.metadata["metrics"]["backbone"] == artifact.metadata["config"]["backbone"] == "lm"
     assert "--get-encoder" in artifact.metadata["notes"]["why"]
@@ -160,7 +163,8 @@ def test_the_audit_shares_no_features_with_the_judge(tiny, monkeypatch):
     assert training.fit_audit(rows, settings("encoder", words=0.0)).backbone == "ngram"
     beside_words = training.fit_audit(rows, settings("encoder"), lm=tiny())
     assert beside_words.backbone == "lm" and beside_words.words is None
-    monkeypatch.setattr(training, "find_encoder", lambda home: None)
+    for room in (training, reading):
+        monkeypatch.setattr(room, "find_encoder", lambda home: None)
     assert training.fit_audit(rows, settings("auto")).backbone == "ngram"
     assert training.fit_audit(rows, settings("lm", words=0.5)).backbone == "ngram"  # there is no third reader
     assert training.fit_audit(rows, settings("ngram"), lm=tiny()).backbone == "lm"
@@ -291,14 +295,14 @@ def test_labels_without_sense_are_not_predicted(backbone, tiny, home):
         vector = dict(zip(MANIFOLD.names, rng.uniform(-1, 1, K).round(2).tolist(), strict=True))
         words = " ".join(f"w{number}" for number in rng.integers(0, 200, 12))
         rows.append(change(row, **vector).model_copy(update={"response": words}))
-    found = training.cross_validate(rows, settings(backbone, folds=5), home=home, lm=tiny())
+    found = cross_validate(rows, settings(backbone, folds=5), home=home, lm=tiny())
     assert found["pairs"] > 80
     assert found["pair_accuracy"] < 0.64  # chance .5, standard error about .05
     assert found["residual"]["mean"] < 0.1 and found["residual"]["p"] > 0.01
 
 
 def test_what_is_learnable_is_found_on_unseen_prompts(tiny, home):
-    found = training.cross_validate(corpus(30), settings("ngram", folds=5), home=home)
+    found = cross_validate(corpus(30), settings("ngram", folds=5), home=home)
     assert found["pair_accuracy"] > 0.9
     assert found["residual"]["p"] < 0.01
     assert found["outputs"]["curiosity"]["residual_pearson"] > 0.9
@@ -310,11 +314,11 @@ def test_what_is_learnable_is_found_on_unseen_prompts(tiny, home):
 def test_missing_dimensions_are_masked(tiny, home):
     rows = corpus(12)
     holes = [change(row, empathy=None) if index % 3 == 0 else row for index, row in enumerate(rows)]
-    values = training.targets(holes)
+    values = targets(holes)
     assert np.isnan(values[::3, 0]).all() and not np.isnan(np.delete(values[:, 0], np.s_[::3])).any()
-    found = training.cross_validate(holes, settings("lm"), home=home, lm=tiny())
+    found = cross_validate(holes, settings("lm"), home=home, lm=tiny())
     assert all(np.isfinite(found["outputs"]["empathy"][key]) for key in ("rmse", "pearson"))
-    assert found["pairs"] < training.cross_validate(rows, settings("lm"), home=home, lm=tiny())["pairs"]
+    assert found["pairs"] < cross_validate(rows, settings("lm"), home=home, lm=tiny())["pairs"]
 
 
 def test_a_dimension_that_never_differs_is_refused_and_none_is_said(registry, dataset):
@@ -333,14 +337,14 @@ def test_a_missing_intensity_is_derived_from_the_vector():
     rows = [change(row, **flat) for row in rows]
     rows[0] = change(rows[0], reward_intensity=None, curiosity=0.8)
     # R = .8 / 7; mean of curiosity within the prompt .2, so the farthest dimension is .6 away
-    assert training.targets(rows)[0, K] == pytest.approx((0.8 / 7 + 0.6) / 2)
-    assert training.targets(rows)[1, K] == rows[1].reward.reward_intensity
+    assert targets(rows)[0, K] == pytest.approx((0.8 / 7 + 0.6) / 2)
+    assert targets(rows)[1, K] == rows[1].reward.reward_intensity
 
 
 def test_every_dimension_nobody_rated_is_named():
     rows = [change(row, curiosity=None, safety_score=None) for row in corpus(6)]
     with pytest.raises(InputError) as refused:
-        training.targets(rows)
+        targets(rows)
     assert len(refused.value.problems) == 2
     refused.match("curiosity is labelled on 0 prompts")
     refused.match("safety_score is labelled on 0 prompts")
@@ -357,7 +361,7 @@ def test_too_few_prompts_are_refused(registry, dataset):
 
 def test_account_of_a_perfect_model_beside_a_useless_baseline():
     rows = corpus(10)
-    labels, scalar = training.targets(rows), training.overall(rows)
+    labels, scalar = targets(rows), overall(rows)
     groups = np.array([row.prompt_id for row in rows])
     found = compare(labels, np.zeros_like(labels), labels, scalar, groups)
     assert found["pair_accuracy"] == found["pearson_mean"] == found["residual"]["mean"] == 1.0
@@ -372,7 +376,7 @@ def test_account_of_a_perfect_model_beside_a_useless_baseline():
 @pytest.mark.skipif(importlib.util.find_spec(encoder.PACKAGE) is None, reason="the encoder package is not installed")
 def test_the_encoder_beats_ngrams_on_prompts_it_never_saw(home):
     rows = read_jsonl(STARTER.parent / "reward_samples.jsonl", Label)
-    found = training.cross_validate(rows, Config(), home=home)
+    found = cross_validate(rows, Config(), home=home)
     assert found["backbone"] == "encoder"
     assert found["pair_accuracy_difference"]["low"] > 0  # A5
     assert found["residual"]["mean"] > found["residual"]["baseline_mean"]  # A9
@@ -402,8 +406,8 @@ def test_edits_that_two_rated_are_not_weighed():
     first, second, *_ = corpus(1)
     edit = second.model_copy(update={"edit_of": first.id, "lowered": "empathy"})
     mine = edit.model_copy(update={"labeller": "human"})
-    assert training.edits([first, edit], same_rater=True) == training.edits([first, edit]) == [(1, 0, 0)]
-    assert training.edits([first, mine], same_rater=True) == [] and len(training.edits([first, mine])) == 1
+    assert edits([first, edit], same_rater=True) == edits([first, edit]) == [(1, 0, 0)]
+    assert edits([first, mine], same_rater=True) == [] and len(edits([first, mine])) == 1
 
 
 # --- words beside the backbone's states -----------------------------------------------------------------------------
@@ -431,14 +435,14 @@ def test_what_is_left_out_of_a_fit_is_left_out_of_its_vocabulary(tiny):
     lm, config = tiny(), settings("lm", words=1.0)
     rows = corpus(9)
     parts = np.array([int(row.prompt_id[2:]) % 3 for row in rows])
-    backbone = training.open_backbone("lm", config, None, lm)
+    backbone = reading.open_backbone("lm", config, None, lm)
     features = backbone.read([(row.prompt, row.response) for row in rows])[0]
-    found = training.left_out(rows, parts, features, backbone, config)
+    found = left_out(rows, parts, features, backbone, config)
     other = [
         row.model_copy(update={"response": row.response + " zebra zebra"}) if part == 0 and row.id[-1] != "a" else row
         for row, part in zip(rows, parts, strict=True)
     ]
     same = (parts == 0) & np.array([row.id[-1] == "a" for row in rows])
-    again = training.left_out(other, parts, features, backbone, config)
+    again = left_out(other, parts, features, backbone, config)
     np.testing.assert_array_equal(again[same], found[same])
     assert not np.allclose(again[parts == 1], found[parts == 1], atol=1e-6)  # there the zebra was learnt from

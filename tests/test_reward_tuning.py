@@ -14,6 +14,8 @@ from hominem_mlx.reward import tuning
 from hominem_mlx.reward.features import EncoderReader, LmReader
 from hominem_mlx.reward.head import grouped_folds
 from hominem_mlx.reward.model import RewardModel
+from hominem_mlx.reward.reading import open_backbone
+from hominem_mlx.reward.targets import targets
 from hominem_mlx.reward.tuning import Beside, Tuning
 from test_encoder import folder  # noqa: F401
 from test_reward_model import PAIRS
@@ -115,9 +117,9 @@ def test_it_goes_through_the_whole_line_and_belongs_to_the_reward_model(
 
 def test_only_the_fold_that_was_never_learnt_from_says_how_far_off_it_is(tiny, home, fast):
     rows = corpus(9)
-    backbone = training.open_backbone("lm", settings("lm", **TUNED), home, tiny())
+    backbone = open_backbone("lm", settings("lm", **TUNED), home, tiny())
     groups = [row.prompt_id for row in rows]
-    labels, pairs = training.targets(rows), [(row.prompt, row.response) for row in rows]
+    labels, pairs = targets(rows), [(row.prompt, row.response) for row in rows]
     options = {"rank": 2, "layer": 2, "folds": 3, "members": 1, "seed": 0}
     found, parts = tuning.fit(backbone, pairs, labels, groups, **options)
     outside = grouped_folds(groups, 3, seed=0) == 0

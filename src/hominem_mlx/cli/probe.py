@@ -123,8 +123,8 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
     from hominem_mlx.data import home as homes
     from hominem_mlx.evaluation import maps, projection
     from hominem_mlx.evaluation.suite import Suite
-    from hominem_mlx.reward import train as recipe
     from hominem_mlx.reward.head import EXTRA
+    from hominem_mlx.reward.targets import targets
 
     if umap:
         projection.need_umap()
@@ -150,7 +150,7 @@ def map_(session: Session, folder: str | None, umap: bool) -> None:
             dimensions=len(seven.names),
             categories=[row.category for row in rows],
             prompts=[row.prompt_id for row in rows],
-            labels=recipe.targets(rows, seven),
+            labels=targets(rows, seven),
             features=model.read(pairs, session.home, progress),
             held_out=np.arange(len(rows)) >= len(parts[0]),
             predicted=predicted,

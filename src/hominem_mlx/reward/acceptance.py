@@ -18,7 +18,7 @@ from hominem_mlx.reward.features import Backbone
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.reward.smoothness import WANTED, under_edits, under_noise
-from hominem_mlx.reward.train import edits, overall, targets
+from hominem_mlx.reward.targets import edits, overall, targets
 
 ROWS, PAIRS, CONTRASTS = 300, 30, 120  # fewer refuse nothing
 SUCCESSOR_PAIRS, SUCCESSOR_PROMPTS = 10, 4  # fewer do not tell a model from its predecessor

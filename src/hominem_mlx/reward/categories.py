@@ -9,9 +9,10 @@ from hominem_mlx import metrics
 from hominem_mlx.config import Config
 from hominem_mlx.records import Label
 from hominem_mlx.reward import head as heads
+from hominem_mlx.reward.account import left_out
 from hominem_mlx.reward.examine import CLEAR, in_json, scalars
 from hominem_mlx.reward.features import Backbone, Progress
-from hominem_mlx.reward.train import left_out, overall, targets
+from hominem_mlx.reward.targets import overall, targets
 from hominem_mlx.schema import MANIFOLD, Manifold
 
 FEWEST = 30  # rows, or clear pairs, of a category; fewer tell nothing
@@ -28,7 +29,7 @@ def carried_over(
 
     Args:
         labels: rows `[N]` that may be learnt from, with the category of each one's prompt.
-        features, backbone: as in `train.left_out`.
+        features, backbone: as in `account.left_out`.
         config: its `reward` table.
         progress: called with `{"stage", "done", "total"}`.
 

@@ -12,7 +12,7 @@ from hominem_mlx.reward.examine import CLEAR, in_json, scalars, unclipped
 from hominem_mlx.reward.features import Backbone, LmReader
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.reward.smoothness import under_noise
-from hominem_mlx.reward.train import overall, targets
+from hominem_mlx.reward.targets import overall, targets
 from hominem_mlx.schema import MANIFOLD, Manifold
 from hominem_mlx.storage.registry import Artifact
 

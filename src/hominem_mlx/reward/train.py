@@ -41,7 +41,7 @@ def train(
         lm: the student, when it is loaded; an adapter on it is never read through.
         progress: called with `{"stage", "done", "total"}`.
 
-    Returns: a `reward_model` whose metrics hold the grouped-fold account of `account` on train and valid rows.
+    Returns: a `reward_model` whose metrics hold the out-of-fold `account` of train and valid rows.
     Raises: InputError when the labels cannot teach.
     """
     in_use, reward = config.manifold.in_use, config.reward

@@ -120,3 +120,21 @@ def test_what_a_reward_head_cannot_do_is_refused_and_words_stand_beside_a_ridge_
             RewardConfig(**settings)
     assert RewardConfig().reading("encoder").words == 0.5 and RewardConfig().reading("lm").words == 0
     assert RewardConfig(head="attention").reading("encoder").words == 0
+
+
+def test_settings_that_need_one_another_may_come_from_several_places(home, tmp_path):
+    (home / "hominem.toml").write_text('[reward]\nhead = "attention"\nbackbone = "lm"\n')
+    assert load_config(home, overrides=["reward.lora_rank=4"]).reward.lora_rank == 4
+    for order in (("reward.head=attention", "reward.lora_rank=4"), ("reward.lora_rank=4", "reward.head=attention")):
+        assert load_config(overrides=order).reward.head == "attention"
+    gated = load_config(overrides=["reward.scalar=gated", 'reward.poolings=["mean", "prompt"]'])
+    assert gated.reward.scalar == "gated"
+
+    with pytest.raises(ConfigError) as refused:  # neither is wrong by itself
+        load_config(home, overrides=["reward.words=0.5"])
+    assert len(refused.value.problems) == 1 and "words is for head = ridge" in str(refused.value)
+    file = tmp_path / "run.toml"
+    file.write_text("[dual]\nrank = 4\n[reward]\nlora_rank = 4\n")
+    with pytest.raises(ConfigError) as refused:  # and what one place has wrong is told with that place
+        load_config(file=file)
+    assert len(refused.value.problems) == 1 and str(refused.value).startswith(f"{file}:3: reward = ")

@@ -549,10 +549,12 @@ def load_config(
     _merge(tables, defaults or {})
     sources = [home / "hominem.toml"] if home is not None and (home / "hominem.toml").exists() else []
     problems: list[str] = []
+    clashes: dict[str, str] = {}  # where a source's settings of one table do not go together: another may mend that
     for path in [*sources, *([Path(file)] if file is not None else [])]:
         values = read_toml(path)
-        found = sorted((_line_of(keys, path), reason) for keys, reason in _mistakes(values))
-        problems += [f"{path}:{line}: {reason}" for line, reason in found]
+        found = sorted((_line_of(keys, path), reason, clash) for keys, reason, clash in _mistakes(values))
+        problems += [f"{path}:{line}: {reason}" for line, reason, clash in found if not clash]
+        clashes |= {clash: f"{path}:{line}: {reason}" for line, reason, clash in found if clash}
         _merge(tables, values)
     for text in overrides:
         try:
@@ -560,14 +562,17 @@ def load_config(
         except ConfigError as error:
             problems += error.problems
             continue
-        problems += [f"{text}: {reason}" for _, reason in _mistakes(values)]
+        found = list(_mistakes(values))
+        problems += [f"{text}: {reason}" for _, reason, clash in found if not clash]
+        clashes |= {clash: f"{text}: {reason}" for _, reason, clash in found if clash}
         _merge(tables, values)
     if problems:
         raise ConfigError(problems)
     try:
         return Config.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(explain(error)) from None
+        told = zip(error.errors(), explain(error), strict=True)
+        raise ConfigError([clashes.get(_clash(item), reason) for item, reason in told]) from None
 
 
 def read_toml(path: Path) -> dict:
@@ -605,8 +610,8 @@ def _merge(into: dict, values: dict) -> None:
 Keys = tuple[str | int, ...]  # the way to a value: ("dual", "rank")
 
 
-def _mistakes(values: dict) -> Iterator[tuple[Keys, str]]:
-    """Where each unknown key and wrong value stands, and what is wrong with it."""
+def _mistakes(values: dict) -> Iterator[tuple[Keys, str, str]]:
+    """Where each unknown key and wrong value stands, what is wrong with it, and "" or the `_clash` that it is."""
     known = [
         f"{table}.{key}"
         for table, field in Config.model_fields.items()
@@ -616,15 +621,15 @@ def _mistakes(values: dict) -> Iterator[tuple[Keys, str]]:
     for table, section in values.items():
         if table not in Config.model_fields:
             said = table if isinstance(section, dict) else f"{table} = {_shown(table, section)}"
-            yield (table,), f"unknown table or key {said}{_nearest(table, [*Config.model_fields, *known])}"
+            yield (table,), f"unknown table or key {said}{_nearest(table, [*Config.model_fields, *known])}", ""
         elif not isinstance(section, dict):
-            yield (table,), f"{table} = {shown(section)}: it is a table; write {table}.KEY"
+            yield (table,), f"{table} = {shown(section)}: it is a table; write {table}.KEY", ""
         else:
             clean[table] = {key: value for key, value in section.items() if f"{table}.{key}" in known}
             for key, value in section.items():
                 name = f"{table}.{key}"
                 if name not in known:
-                    yield (table, key), f"unknown key {name} = {_shown(key, value)}{_nearest(name, known)}"
+                    yield (table, key), f"unknown key {name} = {_shown(key, value)}{_nearest(name, known)}", ""
     try:
         Config.model_validate(clean)
     except ValidationError as error:
@@ -633,7 +638,12 @@ def _mistakes(values: dict) -> Iterator[tuple[Keys, str]]:
             if item["type"] == "extra_forbidden":
                 reason = f"unknown key {place} = {_shown(str(within[0]), item['input'])}"
                 reason += _nearest(str(within[0]), OwnDimension.model_fields)
-            yield item["loc"][: -1 if item["type"] == "missing" else None], reason
+            yield item["loc"][: -1 if item["type"] == "missing" else None], reason, _clash(item)
+
+
+def _clash(item: Any) -> str:
+    """What tells one mistake of pydantic from others when it is about several settings of a table; else ""."""
+    return f"{item['loc'][0]}: {item['msg']}" if len(item["loc"]) == 1 and item["type"] == "value_error" else ""
 
 
 def _shown(key: str, value: object) -> str:

@@ -10,7 +10,8 @@ from hominem_mlx.config import load_config
 from hominem_mlx.data import dataset
 from hominem_mlx.data import home as homes
 from hominem_mlx.data.split import split_of
-from hominem_mlx.files import read_jsonl
+from hominem_mlx.errors import InputError
+from hominem_mlx.files import read_jsonl, write_jsonl
 from hominem_mlx.records import Label
 from hominem_mlx.reward import train as reward
 
@@ -95,3 +96,28 @@ def test_the_map(judged):
     found = json.loads((judged / "map.json").read_text())
     assert found["directions"]["rows"] == 20 and len(found["files"]) == 6
     assert all(path.startswith(str(judged / "plots")) for path in found["files"])
+
+
+def test_an_empty_reply_is_scored_with_its_flag_and_bytes_that_are_no_text_are_refused(judged):
+    scored = value("score", "-p", "I passed.", "-r", "")["scores"][0]
+    assert scored["flags"] == ["empty_response"] and scored["scalar"] < 0 < scored["uncertainty"]["scalar"]
+    no_text = b"So? \xff".decode("utf-8", "surrogateescape")  # as such bytes arrive on the command line
+    for command in (("score",), ("evaluate", "probe"), ("evaluate", "compare")):
+        option = "-p" if command[-1] == "compare" else "-r"
+        done = hominem(*command, "-p", "I passed.", option, no_text)
+        assert done.exit_code == 2 and "is not UTF-8 after 'So? '" in done.output, done.output
+    done = hominem("evaluate", "probe", *PAIR, "--swap", f"hurt=>{no_text}")
+    assert done.exit_code == 2 and "is not UTF-8" in done.output
+
+
+def test_what_labels_lack_is_said_before_anything_is_read(judged, registry):
+    made = registry.current("dataset", pointer="labels")
+    rows = dataset.read_labels(made, "train")
+    bare = [row.model_copy(update={"reward": row.reward.model_copy(update={"curiosity": None})}) for row in rows]
+    told = []
+    with registry.draft("dataset", parents=[], config={}, seed=0) as draft:
+        write_jsonl(draft.folder / "labels.train.jsonl", bare)
+        write_jsonl(draft.folder / "labels.valid.jsonl", dataset.read_labels(made, "valid"))
+    with pytest.raises(InputError, match="curiosity is labelled on 0 prompts"):
+        reward.train(registry, draft.published, load_config(judged), progress=told.append)
+    assert told == []

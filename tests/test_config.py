@@ -138,3 +138,8 @@ def test_settings_that_need_one_another_may_come_from_several_places(home, tmp_p
     with pytest.raises(ConfigError) as refused:  # and what one place has wrong is told with that place
         load_config(file=file)
     assert len(refused.value.problems) == 1 and str(refused.value).startswith(f"{file}:3: reward = ")
+
+
+def test_an_unknown_key_of_a_dimension_of_ones_own_names_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"unknown key manifold\.dimension\.0\.xyzzy = 3; known: name, .*rubric"):
+        load_config(overrides=['manifold.dimension=[{name="humour", xyzzy=3}]'])

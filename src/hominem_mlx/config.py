@@ -637,7 +637,7 @@ def _mistakes(values: dict) -> Iterator[tuple[Keys, str, str]]:
             within, place = item["loc"][-1:], ".".join(map(str, item["loc"]))
             if item["type"] == "extra_forbidden":
                 reason = f"unknown key {place} = {_shown(str(within[0]), item['input'])}"
-                reason += _nearest(str(within[0]), OwnDimension.model_fields)
+                reason += _nearest(str(within[0]), OwnDimension.model_fields, OwnDimension.model_fields)
             yield item["loc"][: -1 if item["type"] == "missing" else None], reason, _clash(item)
 
 
@@ -671,9 +671,9 @@ def _line_of(keys: Keys, path: Path) -> int:
     return len(lines)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def _nearest(key: str, known: Iterable[str], listed: Iterable[str] = Config.model_fields) -> str:
     tails = {name.split(".")[-1]: name for name in known} | {name: name for name in known}
     close = difflib.get_close_matches(key, list(tails), n=1, cutoff=0.5) or difflib.get_close_matches(
         key.split(".")[-1], list(tails), n=1, cutoff=0.5
     )
-    return f"; did you mean {tails[close[0]]}?" if close else f"; known: {', '.join(Config.model_fields)}"
+    return f"; did you mean {tails[close[0]]}?" if close else f"; known: {', '.join(listed)}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hominem_mlx.cli.probe import map_, probe
-from hominem_mlx.cli.session import InOrder, Session, shares
+from hominem_mlx.cli.session import InOrder, Session, Words, shares
 
 if TYPE_CHECKING:
     from hominem_mlx.cli.console import Console
@@ -131,7 +131,7 @@ def policy(session: Session, adapter: str | None, use: bool) -> None:
 
 
 @evaluate.command()
-@click.option("-p", "--prompt", "prompts", multiple=True, help="What to ask; may be given several times.")
+@click.option("-p", "--prompt", "prompts", type=Words(), multiple=True, help="What to ask; may be given several times.")
 @ADAPTER
 @click.option("--file", metavar="FILE", type=click.Path(dir_okay=False), help="JSONL prompts instead of --prompt.")
 @click.option(

@@ -4,17 +4,21 @@ from pathlib import Path
 
 import click
 
-from hominem_mlx.cli.session import Session, shares
+from hominem_mlx.cli.session import Session, Words, shares
 
 
 @click.command()
-@click.option("-p", "--prompt", help="What was said.")
-@click.option("-r", "--response", "replies", multiple=True, help="A reply; may be given several times.")
+@click.option("-p", "--prompt", type=Words(), help="What was said.")
+@click.option("-r", "--response", "replies", type=Words(), multiple=True, help="A reply; may be given several times.")
 @click.option(
     "--file", metavar="FILE", type=click.Path(dir_okay=False), help="JSONL rows with prompt and response instead."
 )
-@click.option("--swap", "swaps", metavar="'OLD=>NEW'", multiple=True, help="If these words were others? Repeatable.")
-@click.option("--prompt-instead", "instead", metavar="TEXT", multiple=True, help="If the prompt were another?")
+@click.option(
+    "--swap", "swaps", type=Words(), metavar="'OLD=>NEW'", multiple=True, help="If these words were others? Repeatable."
+)
+@click.option(
+    "--prompt-instead", "instead", type=Words(), metavar="TEXT", multiple=True, help="If the prompt were another?"
+)
 @click.option("--plot", metavar="PATH", type=click.Path(dir_okay=False), help="Draw it: a .png or .svg file.")
 @shares()
 def probe(

@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from hominem_mlx.cli.session import Session, shares
+from hominem_mlx.cli.session import Session, Words, shares
 
 
 @click.command()
-@click.option("-p", "--prompt", help="What was said.")
-@click.option("-r", "--response", help="The reply to judge.")
+@click.option("-p", "--prompt", type=Words(), help="What was said.")
+@click.option("-r", "--response", type=Words(), help="The reply to judge.")
 @click.option("--file", metavar="FILE", type=click.Path(dir_okay=False), help="JSONL rows with prompt and response.")
 @click.option("--why", metavar="NAME", multiple=True, help="Show which words moved an output (or scalar); repeatable.")
 @click.option("--html", metavar="FILE", type=click.Path(dir_okay=False), help="Write the reasons as a page too.")
@@ -31,7 +31,7 @@ def score(
     """
     if (why or html) and (file is not None or not why):
         raise click.UsageError("--why is for one reply (--prompt, --response), and --html shows what --why finds")
-    if (file is None) == (prompt is None and response is None) or (file is None and not (prompt and response)):
+    if (file is None) == (prompt is None and response is None) or (file is None and (not prompt or response is None)):
         raise click.UsageError("give --prompt and --response, or --file")
     pairs = [(str(prompt), str(response))] if file is None else _read(Path(file))
     artifact = session.reward_artifact()

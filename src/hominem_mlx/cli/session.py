@@ -35,6 +35,21 @@ class InOrder(click.Group):
             formatter.write_dl([(name, self.commands[name].get_short_help_str(limit=999)) for name in self.commands])
 
 
+class Words(click.ParamType):
+    """What somebody said, as an option. Bytes that are not UTF-8 arrive as characters that no tokenizer can read."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it is, or the place of its first byte that is no text."""
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            read = value[max(0, error.start - 20) : error.start]
+            self.fail(f"is not UTF-8 after {read!r}; give it as UTF-8, or in a --file", param, ctx)
+        return value
+
+
 class Session:
     """One call of the command line. Everything is loaded when it is first asked for."""
 

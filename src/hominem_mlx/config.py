@@ -562,9 +562,9 @@ def load_config(
         except ConfigError as error:
             problems += error.problems
             continue
-        found = list(_mistakes(values))
-        problems += [f"{text}: {reason}" for _, reason, clash in found if not clash]
-        clashes |= {clash: f"{text}: {reason}" for _, reason, clash in found if clash}
+        mistakes = [(reason, clash) for _, reason, clash in _mistakes(values)]
+        problems += [f"{text}: {reason}" for reason, clash in mistakes if not clash]
+        clashes |= {clash: f"{text}: {reason}" for reason, clash in mistakes if clash}
         _merge(tables, values)
     if problems:
         raise ConfigError(problems)

@@ -191,5 +191,5 @@ def test_every_error_of_ours_is_one_tree_and_survives_pickling():
 def test_what_cannot_be_written_is_named_and_not_its_temporary_file(tmp_path):
     path = tmp_path / ("x" * 250)  # fits, but nothing fits beside it
     with pytest.raises(OSError) as refused:
-        write_atomic(path, "")
+        files.write_atomic(path, "")
     assert refused.value.filename == str(path)

@@ -143,3 +143,8 @@ def test_settings_that_need_one_another_may_come_from_several_places(home, tmp_p
 def test_an_unknown_key_of_a_dimension_of_ones_own_names_those_that_there_are():
     with pytest.raises(ConfigError, match=r"unknown key manifold\.dimension\.0\.xyzzy = 3; known: name, .*rubric"):
         load_config(overrides=['manifold.dimension=[{name="humour", xyzzy=3}]'])
+
+
+def test_a_version_may_be_given_by_its_number_alone():
+    config = load_config(overrides=["student.reward_model=3", "student.adapter=12"])
+    assert (config.student.reward_model, config.student.adapter) == ("3", "12")

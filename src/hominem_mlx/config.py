@@ -23,6 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Version = Annotated[str, Field(coerce_numbers_to_str=True)]  # 3, as it is typed, is a name too
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3, max_length=500)]
 
 TAKEN = {  # names of other numbers: in labels, in answers of raters, in looks on the way of a training
@@ -45,9 +46,9 @@ class Student(Section):
     model that `hominem train full` made (full/0001-3fa2c1d0)."""
     revision: str | None = None
     """Commit of the repository, so that the base cannot change under an adapter."""
-    adapter: str = "current"
+    adapter: Version = "current"
     """Adapter to answer with: `current`, a version, or `none`."""
-    reward_model: str = "current"
+    reward_model: Version = "current"
     """Reward model to judge with: `current` or a version."""
     system: str | None = None
     """System prompt put before every conversation, in training and in chat alike."""

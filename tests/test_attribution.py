@@ -214,6 +214,11 @@ def test_what_cannot_be_explained_says_so(tiny):
 
 
 def test_the_page_holds_every_word_and_escapes_it(tiny):
-    found = attribution.report(model_of(tiny()), "Is 1 < 2?", "<b>Yes</b> & sure.", ["scalar"], steps=4)
+    told = []
+    found = attribution.report(
+        model_of(tiny()), "Is 1 < 2?", "<b>Yes</b> & sure.", ["scalar"], steps=4, progress=told.append
+    )
+    steps = found["outputs"][0]["steps"]
+    assert told[-1] == {"stage": "words behind scalar", "done": steps, "total": steps}
     page = highlight.page(found)
     assert "&lt;b&gt;Yes" in page and "<b>Yes" not in page and "scalar" in page and "1 &lt; 2" in page

@@ -121,7 +121,9 @@ def test_only_the_fold_that_was_never_learnt_from_says_how_far_off_it_is(tiny, h
     groups = [row.prompt_id for row in rows]
     labels, pairs = targets(rows), [(row.prompt, row.response) for row in rows]
     options = {"rank": 2, "layer": 2, "folds": 3, "members": 1, "seed": 0}
-    found, parts = tuning.fit(backbone, pairs, labels, groups, **options)
+    told = []
+    found, parts = tuning.fit(backbone, pairs, labels, groups, **options, tell=lambda *line: told.append(line))
+    assert [epoch for epoch, _ in told] == [*range(1, len(told) + 1)] and len(told) >= found.epochs[0]
     outside = grouped_folds(groups, 3, seed=0) == 0
     assert np.isnan(found.left_out[~outside]).all() and np.isfinite(found.left_out[outside]).all()
     reads = backbone.looked_at_by(found.head, parts)

@@ -45,7 +45,8 @@ def score(
     if why:
         from hominem_mlx.reward import attribution
 
-        reasons["why"] = attribution.report(model, *pairs[0], why)
+        with session.console.progress() as progress:
+            reasons["why"] = attribution.report(model, *pairs[0], why, progress=progress)
     session.console.result({"reward_model": artifact and artifact.ref, "scores": rows, **reasons})
     if file is None:
         output = outputs[0]

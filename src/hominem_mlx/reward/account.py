@@ -113,7 +113,7 @@ def _out_of_fold(
         ours, theirs = rows[inside], rows[outside]
         head = baseline = fit_ngrams(ours, values[inside], config)
         if rows.backbone is not None:
-            head = fit_head(ours, values[inside], config, members=0)
+            head = fit_head(ours, values[inside], config, members=0, progress=progress)
         said.baseline[outside] = baseline.predict(theirs)
         said.predicted[outside] = head.predict(theirs)
         said.promised[:, outside] = widths(head.fitted.left_out)[:, None]
@@ -154,7 +154,7 @@ def left_out(
         inside, outside = rows[parts != part], parts == part
         try:
             values = targets(inside.labels, MANIFOLD, felt(inside.labels, MANIFOLD))
-            head = fit_head(inside, values, config, members=0)
+            head = fit_head(inside, values, config, members=0, progress=progress)
         except InputError:  # an output is labelled in this part only, so that nothing can be said of it
             found[outside] = np.nan
             continue

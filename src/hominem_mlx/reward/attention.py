@@ -8,7 +8,7 @@ Shapes: `N` rows, `B` of them in a batch, `R` tokens of a reply, `T` of the long
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -186,6 +186,7 @@ def fit(
     folds: int,
     members: int,
     seed: int,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Fitted:
     """Fit the head on training rows.
 
@@ -202,6 +203,7 @@ def fit(
         folds: left out in turn.
         members: bootstrap heads, each on prompts drawn with replacement.
         seed: of folds, bootstrap and order.
+        tell: called after each epoch with its number and how many there are at most.
     """
     groups = np.asarray(groups)
     fold = grouped_folds(groups, folds, seed=seed)
@@ -214,7 +216,7 @@ def fit(
     state_mean, state_scale = moments(states)
     z = [((each - state_mean) / state_scale).astype(np.float32) for each in states]
     targets = ((labels - label_mean) / label_scale).astype(np.float32)
-    learnt, epochs, said = _learn(z, targets, labels, groups, counts, np.searchsorted(numbers, fold), seed)
+    learnt, epochs, said = _learn(z, targets, labels, groups, counts, np.searchsorted(numbers, fold), seed, tell)
 
     head = AttentionHead(features.shape[1], len(state_mean), labels.shape[1], members, layer)
     arrays = {"feature_mean": mean, "feature_scale": scale, "label_mean": label_mean, "label_scale": label_scale}
@@ -232,6 +234,7 @@ def _learn(
     counts: np.ndarray,
     fold: np.ndarray,
     seed: int,
+    tell: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Queries, weights and biases of all heads after the epochs `[O]` best for the folds left out.
 
@@ -279,6 +282,8 @@ def _learn(
         chosen = {"query": better[:, None], "weight": better[:, None], "bias": better}
         kept = {name: mx.where(mx.array(chosen[name]), values[name], kept[name]) for name in values}
         mx.eval(kept)
+        if tell:
+            tell(epoch, EPOCHS)
         if epoch - epochs.max() >= PATIENCE:
             break
     return {name: np.array(value) for name, value in kept.items()}, epochs, kept_said

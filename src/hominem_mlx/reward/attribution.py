@@ -16,7 +16,7 @@ from hominem_mlx.errors import InputError
 from hominem_mlx.metrics import spearman
 from hominem_mlx.models.platform import lanes
 from hominem_mlx.reward.attention import AttentionHead
-from hominem_mlx.reward.features import Backbone
+from hominem_mlx.reward.features import Backbone, Progress
 from hominem_mlx.reward.model import RewardModel
 from hominem_mlx.schema import EMPTY
 
@@ -70,6 +70,7 @@ def integrated_gradients(
     steps: int = STEPS,
     most: int = MOST,
     beside: float = 0.0,
+    tell: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, float, float, int, bool]:
     """Attribution of `f(x) - f(baseline)` to the rows of x, by the midpoint rule on the straight way between the two.
 
@@ -78,6 +79,7 @@ def integrated_gradients(
         x, baseline: `[T, D]`.
         steps: points; doubled until attributions add up (`is_complete`) or there would be more than `most`.
         beside: what is known to be added to the difference, whose attribution is exact.
+        tell: called with the number of points that are done, and how many there are to be.
 
     Returns: attributions `[T]`, `f(x)`, `f(baseline)`, the points it took, and whether they add up to within
         0.05 |f(x) - f(baseline) + beside| + 0.001.
@@ -97,6 +99,8 @@ def integrated_gradients(
                     slopes.append(slope(baseline + block * way).sum(0))
             mx.eval(slopes)
             total = total + sum(slopes)
+            if tell:
+                tell(min(steps, (first + len(lanes())) * POINTS), steps)
         found = np.array((way * total).sum(-1), np.float64) / steps
         is_complete = bool(abs(found.sum() - (high - low)) <= RELATIVE * abs(high - low + beside) + ABSOLUTE)
         if is_complete or 2 * steps > most:
@@ -105,7 +109,14 @@ def integrated_gradients(
 
 
 def explain(
-    model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS, most: int = MOST
+    model: RewardModel,
+    prompt: str,
+    response: str,
+    outputs: Sequence[str],
+    *,
+    steps: int = STEPS,
+    most: int = MOST,
+    progress: Progress | None = None,
 ) -> list[Attribution]:
     """Integrated gradients of some outputs (or `scalar`) with respect to the reply's token vectors; the prompt is held.
 
@@ -131,10 +142,14 @@ def explain(
         def f(points: mx.array, pick: mx.array = pick) -> mx.array:
             return judge(backbone.features([passage] * len(points), points, like)) @ pick
 
+        def tell(done: int, total: int, output: str = output) -> None:
+            if progress:
+                progress({"stage": f"words behind {output}", "done": done, "total": total})
+
         counted = by_words @ np.array(pick, np.float64)
         whole = float(counted.sum())
         values, high, low, taken, is_complete = integrated_gradients(
-            f, x, baseline, steps=steps, most=most, beside=whole
+            f, x, baseline, steps=steps, most=most, beside=whole, tell=tell
         )
         said = tuple((values[first:last] + counted).tolist())
         made.append(Attribution(output, pieces, said, high, low - whole, taken, is_complete))
@@ -247,7 +262,13 @@ def agreement(attribution: Attribution, left_out: Sequence[dict[str, Any]]) -> f
 
 
 def report(
-    model: RewardModel, prompt: str, response: str, outputs: Sequence[str], *, steps: int = STEPS
+    model: RewardModel,
+    prompt: str,
+    response: str,
+    outputs: Sequence[str],
+    *,
+    steps: int = STEPS,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """All views of one reply, in JSON's own types; of n-grams, which have no gradient, `left_out` alone.
 
@@ -261,7 +282,7 @@ def report(
     where = places(model, prompt, response, outputs)
     looks = attended(model, prompt, response, outputs)
     told = []
-    for found in explain(model, prompt, response, outputs, steps=steps):
+    for found in explain(model, prompt, response, outputs, steps=steps, progress=progress):
         one = asdict(found) | {"words": found.words, "places": where[found.output], "agreement": agreement(found, left)}
         if looks:
             values = looks[found.output]

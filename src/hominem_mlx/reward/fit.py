@@ -12,7 +12,7 @@ from hominem_mlx.config import Config
 from hominem_mlx.reward import attention, distribution, layers, quantiles, scalar, tuning
 from hominem_mlx.reward import head as heads
 from hominem_mlx.reward.examine import widths
-from hominem_mlx.reward.features import Backbone
+from hominem_mlx.reward.features import Backbone, Progress
 from hominem_mlx.reward.head import EXTRA
 from hominem_mlx.reward.model import WIDTH, Card, RewardModel, beside, prompt_columns
 from hominem_mlx.reward.ngram import NgramFeatures
@@ -37,14 +37,14 @@ class FittedHead:
         return np.array(head(mx.array(rows.columns(head, self.reads, self.words)))[0])
 
 
-def fit_model(rows: ReadRows, config: Config, *, members: int) -> RewardModel:
+def fit_model(rows: ReadRows, config: Config, *, members: int, progress: Progress | None = None) -> RewardModel:
     """The reward model that rows teach; with `members` it says how unsure it is, and what it does not know.
 
     Raises: InputError when the labels cannot teach.
     """
     manifold, emotions = learnable(rows.labels, config.manifold.in_use), felt(rows.labels, config.manifold.in_use)
     values, outputs = targets(rows.labels, manifold, emotions), (*manifold.names, *EXTRA, *emotions)
-    head = fit_head(rows, values, config, members=members)
+    head = fit_head(rows, values, config, members=members, progress=progress)
     left_out, features = head.fitted.left_out, _own_features(head.reads, rows)
     made_of, gate = scalar.fit(
         (values - left_out)[:, : len(manifold.names)],
@@ -76,12 +76,14 @@ def fit_model(rows: ReadRows, config: Config, *, members: int) -> RewardModel:
     )
 
 
-def fit_head(rows: ReadRows, values: np.ndarray, config: Config, *, members: int) -> FittedHead:
+def fit_head(
+    rows: ReadRows, values: np.ndarray, config: Config, *, members: int, progress: Progress | None = None
+) -> FittedHead:
     """The head that the configuration asks for, fitted to labels `[N, O]`, NaN where there is none."""
     if rows.backbone is None:
         return fit_ngrams(rows, values, config, members=members)
     if config.reward.head == "attention":
-        return _fit_attention(rows, rows.backbone, values, config, members)
+        return _fit_attention(rows, rows.backbone, values, config, members, progress)
     strength = config.reward.reading(rows.backbone.reader.kind).words
     words = WordCounts.fit(rows.pairs, rows.groups, strength) if strength else None
     words = words if words is not None and words.vocabulary else None
@@ -154,10 +156,14 @@ def _chosen(rows: ReadRows, values: np.ndarray, words: WordCounts | None, config
     return rows.narrowed(layers.best(choices, left_out, values))
 
 
-def _fit_attention(rows: ReadRows, backbone: Backbone, values: np.ndarray, config: Config, members: int) -> FittedHead:
+def _fit_attention(
+    rows: ReadRows, backbone: Backbone, values: np.ndarray, config: Config, members: int, progress: Progress | None
+) -> FittedHead:
     """On the states of each reply's tokens, with low-rank parts below it where they are asked for."""
     reward, layer = config.reward, attention_layer(backbone, config)
     settings: dict = {"layer": layer, "folds": reward.folds, "members": members, "seed": reward.seed}
+    if progress:
+        settings["tell"] = lambda done, most: progress({"stage": "epochs, at most", "done": done, "total": most})
     if reward.lora_rank:
         fitted, parts = tuning.fit(backbone, rows.pairs, values, rows.groups, rank=reward.lora_rank, **settings)
         return FittedHead(fitted, backbone.looked_at_by(fitted.head, parts))

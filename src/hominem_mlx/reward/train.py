@@ -56,7 +56,7 @@ def train(
     metrics = account(read, config, progress, learnt=rows)
     if progress:
         progress({"stage": "head", "done": 0, "total": 1})
-    model = fit_model(read[: len(rows)], config, members=reward.members)
+    model = fit_model(read[: len(rows)], config, members=reward.members, progress=progress)
     if valid:
         metrics["valid_pair_accuracy"] = _pair_accuracy(model, read[len(rows) :])
     if reward.choose_layers and isinstance(model.features, Backbone):

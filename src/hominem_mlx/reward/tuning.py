@@ -7,7 +7,7 @@ Shapes: as in `attention.py`.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -132,6 +132,7 @@ def fit(
     folds: int,
     members: int,
     seed: int,
+    tell: Callable[[int, int], None] | None = None,
 ) -> tuple[Fitted, Tuning]:
     """Fit low-rank parts and attention head together on training rows.
 
@@ -146,7 +147,7 @@ def fit(
         rank: of the parts, on every linear layer of the blocks up to `layer`.
         layer: the block whose states are read.
         folds: of which one is left out.
-        members, seed: as in `attention.fit`.
+        members, seed, tell: as in `attention.fit`.
 
     Returns: what `attention.fit` returns, with errors of the fold left out alone; and the parts.
     """
@@ -205,6 +206,8 @@ def fit(
             values = optimizer.apply_gradients(slope(values, rows), values)
             mx.eval(values, optimizer.state)
         found, lost = left_out()
+        if tell:
+            tell(epoch, EPOCHS)
         if lost < least:
             kept, best, kept_said, least = values, epoch, found, lost
         if epoch - best >= PATIENCE:

@@ -231,8 +231,8 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
                     predicted[way][out, index] = said[out]
                 notes[index]["weights"].append([round(float(weight), 3) for weight in weights])
     ways = [way for way in WAYS if not np.isnan(predicted[way]).all()]
-    labels = range(len(judged.labels))
-    entries = [describe(judged, [index], predicted, ways) for index in labels]
+    labels, drawn = range(len(judged.labels)), drawn_values(judged, predicted, ways)
+    entries = [describe(judged, [index], drawn) for index in labels]
     result = {
         "set": judged.name,
         "shape": judged.shape,
@@ -240,7 +240,7 @@ def examine(judged: JudgedSet, reading: Reading | None) -> dict[str, Any]:
         "prompts": len(set(judged.groups)),
         "left_out": list(judged.left_out),
         "labels": [entry | {"notes": note} for entry, note in zip(entries, notes, strict=True)],
-        "together": entries[0] if len(entries) == 1 else describe(judged, labels, predicted, ways),
+        "together": entries[0] if len(entries) == 1 else describe(judged, labels, drawn),
     }
     if judged.wants_f1:
         for index, entry in enumerate(result["labels"]):
@@ -277,34 +277,39 @@ def pick(label: Label, predicted: np.ndarray, known: np.ndarray) -> tuple[int, n
     return index, predicted[index]
 
 
-def describe(
-    judged: JudgedSet, indices: Sequence[int], predicted: dict[str, np.ndarray], ways: Sequence[str]
-) -> dict[str, Any]:
-    """Mean over labels of each way's metric, and of its difference from `ngram`, with intervals by prompt."""
+def drawn_values(judged: JudgedSet, predicted: dict[str, np.ndarray], ways: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each way's metric of every label, `[L, 1 + RESAMPLES]`: of all rows, then of the rows of prompts drawn again."""
+    draws = list(metrics.group_draws(judged.groups, resamples=RESAMPLES, seed=SEED))
+    found = {}
+    for way in ways:
+        of = [measure(label, judged, predicted[way][:, index]) for index, label in enumerate(judged.labels)]
+        found[way] = np.array([[one(rows) for rows in (np.arange(len(judged.groups)), *draws)] for one in of])
+    return found
+
+
+def describe(judged: JudgedSet, indices: Sequence[int], values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Mean over labels of each way's metric, and of its difference from `ngram`, with intervals by prompt.
+
+    Args:
+        judged: the set.
+        indices: of the labels.
+        values: of `drawn_values`.
+    """
     labels = [judged.labels[index] for index in indices]
-    measures = {
-        way: [measure(label, judged, predicted[way][:, index]) for label, index in zip(labels, indices)] for way in ways
-    }
-
-    def mean_of(way: str) -> Callable[[np.ndarray], float]:
-        return lambda rows: _mean(np.array([one(rows) for one in measures[way]]))
-
-    def difference(way: str) -> Callable[[np.ndarray], float]:
-        return lambda rows: mean_of(way)(rows) - mean_of("ngram")(rows)
-
+    means = {way: np.array([_mean(draw) for draw in found[list(indices)].T]) for way, found in values.items()}
     entry: dict[str, Any] = {
         "label": ", ".join(label.name for label in labels),
         "metric": " and ".join(sorted({label.metric for label in labels})),
         "n": int(max((~np.isnan(label.values)).sum() for label in labels)),
         "chance": float(np.mean([chance(label, judged) for label in labels])),
     }
-    entry |= {way: _interval(mean_of(way), judged.groups) for way in ways}
-    entry["minus_ngram"] = {way: _interval(difference(way), judged.groups) for way in ways if way != "ngram"}
+    entry |= {way: _interval(mean) for way, mean in means.items()}
+    entry["minus_ngram"] = {way: _interval(mean - means["ngram"]) for way, mean in means.items() if way != "ngram"}
     return entry
 
 
-def _interval(statistic: Callable[[np.ndarray], float], groups: np.ndarray) -> dict[str, float]:
-    return metrics.bootstrap_statistic(statistic, groups, resamples=RESAMPLES, seed=SEED)._asdict()
+def _interval(drawn: np.ndarray) -> dict[str, float]:
+    return metrics.interval_of(float(drawn[0]), drawn[1:])._asdict()
 
 
 def f1_of(label: Label, predicted: np.ndarray, fold: np.ndarray) -> float | None:

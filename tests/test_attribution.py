@@ -211,6 +211,8 @@ def test_what_cannot_be_explained_says_so(tiny):
         explain(model, PROMPT, "  ", ["empathy"])
     with pytest.raises(InputError, match="humour is not an output"):
         explain(model, PROMPT, REPLY, ["humour"])
+    with pytest.raises(InputError, match="says nothing"):
+        attribution.report(model, PROMPT, "", ["empathy"])
 
 
 def test_the_page_holds_every_word_and_escapes_it(tiny):

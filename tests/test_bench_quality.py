@@ -23,7 +23,7 @@ import bench_manifold
 import bench_quality
 from bench_counts import Counted, length_rows
 from bench_folds import Dense, left_out, stack
-from bench_quality import COUNT_PENALTIES, PENALTIES, READINGS, Reading, as_items, examine, pick, predict_fold
+from bench_quality import COUNT_PENALTIES, PENALTIES, READINGS, STATES, Reading, as_items, examine, pick, predict_fold
 from bench_sets import read_sets
 
 COLOURS = ("red", "blue", "green", "white", "black", "brown")
@@ -69,9 +69,22 @@ def a_set(tmp_path: Path, rows: list[dict], name: str = "some"):
 
 
 def reading_of(judged, vectors: np.ndarray) -> Reading:
-    """Features as if a backbone had read the texts; every reading is all of them."""
-    columns = np.arange(vectors.shape[1])
-    return Reading(dict(zip(judged.texts, vectors)), lambda *_: columns, columns, 0.0, 0.0)
+    """Features as if a backbone had read the texts; every reading is all of them but one of the last."""
+    number = vectors.shape[1]
+    without = {name: np.delete(np.arange(number), number - 1 - place) for place, name in enumerate(READINGS)}
+    of = {which: without[name] for name, which in STATES.items()}
+    return Reading(dict(zip(judged.texts, vectors)), lambda *which: of[which], without["kinds"], 0.0, 0.0)
+
+
+def test_every_reading_is_of_its_own_columns(tmp_path):
+    judged = a_set(tmp_path, graded())
+    reading, fold = planted(judged), grouped_folds(judged.groups, 5, seed=0)
+    values, targets = as_items(reading.of(judged.texts), judged), judged.labels[0].values[:, None]
+    found = predict_fold(judged, fold, 0, Counted(judged), values, reading, targets)
+    columns = {name: reading.columns(*which) for name, which in STATES.items()} | {"kinds": reading.kinds}
+    for name in READINGS:
+        alone = left_out(Dense(values[:, columns[name]], fold != 0), targets, fold, 0, PENALTIES)
+        np.testing.assert_allclose(found[name], alone)
 
 
 def planted(judged, seed: int = 1) -> Reading:

@@ -148,3 +148,14 @@ def test_an_unknown_key_of_a_dimension_of_ones_own_names_those_that_there_are():
 def test_a_version_may_be_given_by_its_number_alone():
     config = load_config(overrides=["student.reward_model=3", "student.adapter=12"])
     assert (config.student.reward_model, config.student.adapter) == ("3", "12")
+    with pytest.raises(ConfigError, match=r"adapter"):  # a number in TOML, and not the name that was typed
+        load_config(overrides=["student.adapter=1234e567"])
+
+
+def test_what_does_not_go_together_is_told_beside_all_else():
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=["reward.lora_rank=4", "reward.backbon=lm"])
+    assert len(caught.value.problems) == 2
+    assert "lora_rank" in caught.value.problems[1] and "backbon" in caught.value.problems[0]
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(overrides=["student.system=\udcff"])

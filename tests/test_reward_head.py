@@ -109,6 +109,35 @@ def test_one_prompt_alone_leaves_nothing_out_and_gets_the_strongest_penalty():
 
 
 @pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("rows", [24, 90])  # dual, primal
+@pytest.mark.parametrize("owner", [[-1] * 36 + [0] * 12 + [1] * 12, [0] * 30 + [1] * 30, [-1] * 40 + [1] * 20])
+def test_a_feature_with_an_owner_is_read_for_it_alone_and_rows_keep_their_length(rows, owner):
+    x, y, groups = problem(rows, 60)
+    options = {"penalties": (5.0,), "folds": 4, "members": 2, "seed": 0, "standardise": False}
+    head = fit(x, y, groups, owner=np.array(owner), **options).head
+    for output in range(2):
+        others = [other for other in set(owner) if other not in (-1, output)]
+        columns = np.flatnonzero(~np.isin(owner, others))
+        stretch = np.sqrt(60 / len(columns))
+        weight, _ = ridge_by_hand(
+            x[:, columns] * stretch, (y[:, output] - y[:, output].mean()) / y[:, output].std(), 5.0
+        )
+        found = np.array(head.weight)[:, output]
+        np.testing.assert_allclose(found[columns], weight * stretch, rtol=1e-4, atol=1e-7)
+        assert not np.delete(found, columns).any()
+    assert np.array(head.member_weight).std(axis=0).max() > 0
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("features", [6, 60])
+def test_a_draw_without_a_labelled_row_says_nothing(features):
+    x, y, _ = problem(12, features)
+    y[4:, 1] = np.nan
+    weights, biases = Ridge(x.astype(float)).draws([np.arange(4, 12)], y, np.array([0.5, 0.5]))
+    assert weights[0, :, 0].any() and not weights[0, :, 1].any() and biases[0, 1] == 0
+
+
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("features", [6, 60])
 def test_draws_are_regressions_on_the_rows_that_were_drawn(features):
     x, y, _ = problem(40, features)

@@ -148,3 +148,12 @@ def test_the_end_of_a_turn_is_the_templates_own(speaker, end):
 def test_a_template_that_ends_no_turn_leaves_the_end_to_the_tokenizer(speaker):
     lm = speaker(template(BARE, end=""))
     assert lm.end_of_turn == lm.tokenizer.eos_token_id
+
+
+def test_tokens_of_a_prompt_are_kept_but_never_those_of_another_template(tiny):
+    lm = tiny()
+    first = lm.prompt_tokens("Hello")
+    first.append(1)  # the caller's own
+    assert lm.prompt_tokens("Hello") == first[:-1]
+    lm.tokenizer.chat_template = "Now: " + lm.tokenizer.chat_template
+    assert lm.prompt_tokens("Hello") == lm.chat_tokens([{"role": "user", "content": "Hello"}]) != first[:-1]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from hominem_mlx.errors import ConfigError, InputError
 from hominem_mlx.files import explain, read_text, shown
@@ -23,7 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Version = Annotated[str, Field(coerce_numbers_to_str=True)]  # 3, as it is typed, is a name too
+Version = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # 3 is one too
 Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3, max_length=500)]
 
 TAKEN = {  # names of other numbers: in labels, in answers of raters, in looks on the way of a training
@@ -567,13 +567,11 @@ def load_config(
         problems += [f"{text}: {reason}" for reason, clash in mistakes if not clash]
         clashes |= {clash: f"{text}: {reason}" for reason, clash in mistakes if clash}
         _merge(tables, values)
+    merged = list(_mistakes(tables))
+    problems += [clashes.get(clash, reason) for _, reason, clash in merged if clash or not problems]
     if problems:
         raise ConfigError(problems)
-    try:
-        return Config.model_validate(tables)
-    except ValidationError as error:
-        told = zip(error.errors(), explain(error), strict=True)
-        raise ConfigError([clashes.get(_clash(item), reason) for item, reason in told]) from None
+    return Config.model_validate(tables)
 
 
 def read_toml(path: Path) -> dict:
@@ -587,6 +585,10 @@ def read_toml(path: Path) -> dict:
 
 
 def _parse_override(text: str) -> dict:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!a}: is not UTF-8") from None
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):

@@ -6,7 +6,7 @@ NaN, never 0. Rows where either side is NaN (a missing label) are left out of tw
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,20 +195,29 @@ def bootstrap_statistic(
 
     Returns: the statistic of all rows as `mean`, and the interval.
     """
-    names, owner = np.unique(np.asarray(groups), return_inverse=True)
-    if not len(names):
+    if not len(groups):
         return Interval(float("nan"), float("nan"), float("nan"))
-    value = statistic(np.arange(len(owner)))
+    found = [statistic(rows) for rows in group_draws(groups, resamples=resamples, seed=seed)]
+    return interval_of(statistic(np.arange(len(groups))), found, level=level)
+
+
+def group_draws(groups: np.ndarray, *, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows of as many groups as there are, drawn with replacement, `[M]` int, one array a draw."""
+    names, owner = np.unique(np.asarray(groups), return_inverse=True)
     by_group = np.argsort(owner, kind="stable")
     ends = np.cumsum(np.bincount(owner))
     rng = np.random.default_rng(seed)
-    found = []
     for _ in range(resamples):
         drawn = rng.integers(0, len(names), len(names))
         sizes = (ends - np.r_[0, ends[:-1]])[drawn]
         inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        found.append(statistic(by_group[np.repeat(ends[drawn] - sizes, sizes) + inside]))
-    there = np.array(found)[~np.isnan(found)]
+        yield by_group[np.repeat(ends[drawn] - sizes, sizes) + inside]
+
+
+def interval_of(value: float, drawn: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
+    """A value and the percentile interval of what bootstrap draws gave; those that are NaN are left out."""
+    there = np.asarray(drawn, float)
+    there = there[~np.isnan(there)]
     if not len(there):
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(there, [(1 - level) / 2, (1 + level) / 2])

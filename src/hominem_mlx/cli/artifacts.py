@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hominem_mlx.cli.session import InOrder, Session, shares
+from hominem_mlx.cli.session import InOrder, Session, Words, shares
 
 if TYPE_CHECKING:
     from hominem_mlx.storage.registry import Artifact, Registry
@@ -125,7 +125,7 @@ def gc(session: Session, dry_run: bool, everything: bool, yes: bool) -> None:
 
 @artifacts.command()
 @click.argument("artifact")
-@click.option("--note", default="", help="Kept in the history.")
+@click.option("--note", type=Words(), default="", help="Kept in the history.")
 @shares(json=False)
 def use(session: Session, artifact: str, note: str) -> None:
     """Make an artifact the current one.
@@ -163,7 +163,7 @@ def use(session: Session, artifact: str, note: str) -> None:
 @artifacts.command()
 @click.argument("kind", type=click.Choice(KINDS), default="lora")
 @click.option("--pointer", help="Which one, where several are in use (see `hominem status`).")
-@click.option("--note", default="", help="Kept in the history.")
+@click.option("--note", type=Words(), default="", help="Kept in the history.")
 @shares(json=False)
 def rollback(session: Session, kind: str, pointer: str | None, note: str) -> None:
     """Go back to what was in use before (of adapters, unless another KIND is named). Can be repeated."""

@@ -139,7 +139,7 @@ class _Lines:
 
     def __init__(self, note):
         self.note = note
-        self.stage, self.began, self.last = "", 0.0, 0.0
+        self.stages: dict[str, tuple[float, float, int]] = {}  # when it began, when it last spoke, what was done then
 
     def __call__(self, event: dict[str, Any]) -> None:
         if "note" in event:
@@ -147,12 +147,16 @@ class _Lines:
             return
         now = time.monotonic()
         stage, done, total = event["stage"], event["done"], event.get("total")
-        if stage != self.stage:
-            self.stage, self.began, self.last = stage, now, now
-        if done != total and now - self.last < SECONDS_BETWEEN_LINES:
+        began, spoke, before = self.stages.get(stage, (now, now, 0))
+        if done < before:  # the next one of the same name
+            began, spoke = now, now
+        is_quiet = done != total and now - spoke < SECONDS_BETWEEN_LINES
+        self.stages[stage] = began, spoke if is_quiet else now, done
+        if done == total:
+            del self.stages[stage]
+        if is_quiet:
             return
-        self.last = now
-        spent = now - self.began
+        spent = now - began
         left = ""
         if total and done and done < total:  # work that went on where it was knows better how fast it is
             left = f", about {event.get('seconds_left', spent / done * (total - done)):.0f} s left"

@@ -46,7 +46,8 @@ class Words(click.ParamType):
             value.encode()
         except UnicodeEncodeError as error:
             read = value[max(0, error.start - 20) : error.start]
-            self.fail(f"is not UTF-8 after {read!r}; give it as UTF-8, or in a --file", param, ctx)
+            where = f"after {read!r}" if read else "at its start"
+            self.fail(f"is not UTF-8 {where}; give it as UTF-8, or in a --file", param, ctx)
         return value
 
 

@@ -24,6 +24,7 @@ from hominem_mlx.storage.registry import METADATA, Registry
 
 STARTER = Path(__file__).parents[1] / "starter" / "student"
 THOUGHT = ("<think>", "</think>")  # around thoughts, where the tokenizer has no tags of its own
+OPENINGS = 1024  # prompts whose tokens are kept
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken")  # configuration and tokenizer
 
 
@@ -41,6 +42,7 @@ class LanguageModel:
     folder: Path
     hash: str
     adapters: list[str | None] = field(default_factory=list)
+    _openings: dict[tuple, list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def adapter(self) -> str | None:
@@ -70,16 +72,14 @@ class LanguageModel:
         self, prompt: str, *, system: str | None = None, history: Sequence[dict[str, str]] = ()
     ) -> list[int]:
         """A user message after its history, ready to be answered. Training and generation both come through here."""
-        if not history:
-            return list(self._opening(prompt, system))
-        return self.chat_tokens(conversation(prompt, system=system, history=history))
-
-    @functools.cached_property
-    def _opening(self) -> Callable[[str, str | None], tuple[int, ...]]:
-        """`prompt_tokens` of a message without a history: templates are slow, and a run asks for each many times."""
-        return functools.lru_cache(1024)(
-            lambda prompt, system: tuple(self.chat_tokens(conversation(prompt, system=system)))
-        )
+        if history:
+            return self.chat_tokens(conversation(prompt, system=system, history=history))
+        key = (prompt, system, self.tokenizer.chat_template)
+        if key not in self._openings:  # templates are slow, and a run asks for the same prompts many times
+            if len(self._openings) >= OPENINGS:
+                self._openings.clear()
+            self._openings[key] = self.chat_tokens(conversation(prompt, system=system))
+        return list(self._openings[key])
 
     def response_tokens(self, response: str) -> list[int]:
         """What is said in a reply, without its thoughts, and the token that ends a turn.

@@ -23,7 +23,7 @@ from hominem_mlx.reward.head import EXTRA, grouped_folds
 from hominem_mlx.reward.layers import Choice
 from hominem_mlx.reward.own import felt, learnable, of_the_seven, own_lines
 from hominem_mlx.reward.reading import ReadRows, choose_backbone, read_rows
-from hominem_mlx.reward.targets import edits, overall, targets
+from hominem_mlx.reward.targets import edits, overall, refuse_few, targets
 from hominem_mlx.schema import COMMON, MANIFOLD, Manifold
 
 
@@ -53,8 +53,7 @@ def account(rows: ReadRows, config: Config, progress: Progress | None = None, *,
     manifold = learnable(learnt or labels, config.manifold.in_use)
     emotions = felt(learnt or labels, config.manifold.in_use)
     values = targets(labels, manifold, emotions)
-    if len(set(groups)) < 3:
-        raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
+    refuse_few(labels)
     fold = grouped_folds(groups, config.reward.folds, seed=config.reward.seed)
     said = _out_of_fold(rows, values, fold, manifold, config, progress)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from hominem_mlx.errors import InputError
 from hominem_mlx.metrics import spearman
+from hominem_mlx.models.encoder import Passage
 from hominem_mlx.models.platform import lanes
 from hominem_mlx.reward.attention import AttentionHead
 from hominem_mlx.reward.features import Backbone, Progress
@@ -99,11 +100,14 @@ def integrated_gradients(
                     slopes.append(slope(baseline + block * way).sum(0))
             mx.eval(slopes)
             total = total + sum(slopes)
-            if tell:
-                tell(min(steps, (first + len(lanes())) * POINTS), steps)
+            done = (first + len(lanes())) * POINTS
+            if tell and done < steps:
+                tell(done, steps)
         found = np.array((way * total).sum(-1), np.float64) / steps
         is_complete = bool(abs(found.sum() - (high - low)) <= RELATIVE * abs(high - low + beside) + ABSOLUTE)
         if is_complete or 2 * steps > most:
+            if tell:
+                tell(steps, steps)
             return found, high, low, steps, is_complete
         steps *= 2
 
@@ -126,9 +130,7 @@ def explain(
     """
     backbone = _differentiable(model)
     picks = [_pick(model, output) for output in outputs]
-    passage = backbone.reader.passage(prompt, response)
-    if not response.strip() or EMPTY in passage.flags:
-        raise InputError("the reply says nothing that could be explained")
+    passage = _passage(backbone, prompt, response)
     first, last = passage.said
     x = backbone.reader.embed(mx.array(passage.tokens))
     reply = mx.broadcast_to(_mean_vector(backbone), (last - first, x.shape[1]))
@@ -276,6 +278,8 @@ def report(
     """
     for output in outputs:
         _pick(model, output)
+    if isinstance(model.features, Backbone):
+        _passage(model.features, prompt, response)
     left = leave_out(model, prompt, response, outputs)
     if not isinstance(model.features, Backbone):
         return {"prompt": prompt, "response": response, "outputs": [], "left_out": left}
@@ -308,6 +312,13 @@ def _differentiable(model: RewardModel) -> Backbone:
     if not isinstance(model.features, Backbone):
         raise InputError("the n-gram baseline counts pieces of text; only encoder and lm backbones can be explained")
     return model.features
+
+
+def _passage(backbone: Backbone, prompt: str, response: str) -> Passage:
+    passage = backbone.reader.passage(prompt, response)
+    if not response.strip() or EMPTY in passage.flags:
+        raise InputError("the reply says nothing that could be explained")
+    return passage
 
 
 def _pick(model: RewardModel, output: str) -> mx.array:

@@ -179,16 +179,16 @@ def _regress(
         np.zeros(outputs),
     )
     common = np.logical_and.reduce([reads for _, reads in views if reads is not None] or [np.zeros(size, bool)])
-    common_gram = z[:, common] @ z[:, common].T if common.any() else 0.0  # most of every view's, which costs most
+    shared = z[:, common] if len(z) < size else z[:, :0]
+    shared_gram = shared @ shared.T  # most of every view's, which costs most
     for own, reads in views:
         columns = np.arange(size) if reads is None else np.flatnonzero(reads)
         stretch = np.sqrt(size / len(columns))  # of a standardised row: to mean squared length 1 again
-        if reads is None:
-            ridge = Ridge(z)
-        else:
+        gram = None
+        if reads is not None and len(z) < len(columns):
             alone = z[:, reads & ~common]
-            gram = (common_gram + alone @ alone.T) * stretch**2
-            ridge = Ridge(z[:, columns] * z.dtype.type(stretch), gram)
+            gram = (shared_gram + alone @ alone.T) * stretch**2
+        ridge = Ridge(z if reads is None else z[:, columns] * z.dtype.type(stretch), gram)
         y = targets[:, own]
         errors = _fold_errors(ridge, y, fold, penalties)
         unknown = np.isnan(errors).all(axis=(0, 1))

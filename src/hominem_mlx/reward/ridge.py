@@ -28,7 +28,7 @@ class Whole(NamedTuple):
     vectors: np.ndarray  # [S, S]
 
     def solve(self, right: np.ndarray, penalties: np.ndarray) -> np.ndarray:
-        """What stands before the equations for right sides, the last axis of both `[S, ..., C]` and `[C]` in step."""
+        """Solutions for right sides, the last axis of both `[S, ..., C]` and `[C]` in step."""
         turned = (self.vectors.T @ right.reshape(len(right), -1)).reshape(right.shape)
         turned /= self.values.reshape(-1, *[1] * (right.ndim - 1)) + penalties
         return (self.vectors @ turned.reshape(len(right), -1)).reshape(right.shape)
@@ -51,7 +51,7 @@ class Ridge:
         self.gram = np.empty(0)
         if self.is_dual:
             self.gram = np.asarray(z @ z.T if gram is None else gram, np.float64)
-        self._kept: tuple[bytes, Whole] | None = None
+        self._wholes: dict[bytes, Whole] = {}
 
     def solve(self, rows: np.ndarray, targets: np.ndarray, penalties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights `[F, O]` and intercepts `[O]` from `rows`, all different.
@@ -188,9 +188,9 @@ class Ridge:
             errors[:, block] = y[block] - y_mean - said.swapaxes(0, 1)
 
     def _whole(self, rows: np.ndarray, products: np.ndarray | None = None) -> Whole:
-        """Of `rows`, whose `Z'Z` may be known; kept for those asked last, since a fit asks for the same three times."""
+        """Of `rows`, whose `Z'Z` may be known. A fit asks for the same up to three times."""
         key = rows.tobytes()
-        if self._kept is None or self._kept[0] != key:
+        if key not in self._wholes:
             if self.is_dual:
                 inside = self.gram[np.ix_(rows, rows)]
                 mean = inside.mean(axis=0)
@@ -200,8 +200,8 @@ class Ridge:
                 mean = z.mean(axis=0)
                 centred = (z.T @ z if products is None else products) - len(rows) * np.outer(mean, mean)
             values, vectors = np.linalg.eigh(centred)
-            self._kept = key, Whole(mean, np.maximum(values, 0.0), vectors)
-        return self._kept[1]
+            self._wholes[key] = Whole(mean, np.maximum(values, 0.0), vectors)
+        return self._wholes[key]
 
 
 def _penalised(matrix: np.ndarray, price: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -59,6 +59,12 @@ def edits(labels: Sequence[Label], manifold: Manifold = MANIFOLD, *, same_rater:
     return [one for one in found if not same_rater or labels[one[0]].labeller == labels[one[1]].labeller]
 
 
+def refuse_few(labels: Sequence[Label]) -> None:
+    """Folds are of whole prompts, and one is held out while another is left out."""
+    if len({row.prompt_id for row in labels}) < 3:
+        raise InputError("labels of at least 3 prompts are needed to train a reward model; rate more of them")
+
+
 def refuse_constants(labels: Sequence[Label], names: Sequence[str]) -> None:
     """A dimension that is the same everywhere would be predicted everywhere, with no doubt at all."""
     given = {name: [v for row in labels if (v := row.reward.number(name)) is not None] for name in names}

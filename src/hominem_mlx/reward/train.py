@@ -18,7 +18,7 @@ from hominem_mlx.reward.fit import fit_model
 from hominem_mlx.reward.model import Card, RewardModel
 from hominem_mlx.reward.own import felt, learnable, not_learnt_yet
 from hominem_mlx.reward.reading import ReadRows, choose_backbone, read_rows
-from hominem_mlx.reward.targets import overall, refuse_constants, targets
+from hominem_mlx.reward.targets import overall, refuse_constants, refuse_few, targets
 from hominem_mlx.storage.registry import Artifact, Registry
 
 METRICS = "metrics.json"
@@ -48,8 +48,10 @@ def train(
     known = {"manifold": in_use}
     rows = read_jsonl(dataset.file("labels.train.jsonl"), Label, context=known)
     valid = read_jsonl(dataset.file("labels.valid.jsonl"), Label, may_be_empty=True, context=known)
-    refuse_constants(rows, (*learnable(rows, in_use).names, *felt(rows, in_use)))
-    targets(rows, learnable(rows, in_use), felt(rows, in_use))  # what they lack is said before anything is read
+    manifold, emotions = learnable(rows, in_use), felt(rows, in_use)
+    refuse_constants(rows, (*manifold.names, *emotions))  # what labels lack is said before anything is read of them
+    targets(rows, manifold, emotions)
+    refuse_few([*rows, *valid])
 
     kind, why = choose_backbone(config, registry.home)
     read = read_rows([*rows, *valid], kind, config, registry.home, lm, progress)
